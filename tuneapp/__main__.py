@@ -1,0 +1,7 @@
+"""`python -m tuneapp`."""
+
+import sys
+
+from tuneapp.cli import main
+
+sys.exit(main())

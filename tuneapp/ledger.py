@@ -1,0 +1,119 @@
+"""The one truth about a run: an append-only file of events, from which everything else is rebuilt.
+
+JSON lines. Each line carries its sequence number and a CRC-32 of itself and is written with one
+`write` and one `fsync`, so that after a kill at any moment the file holds every event that was
+acknowledged and at most one torn line at its end. There are no clocks in it: order is the order of
+the lines. One process writes (it holds the run's lock), any number read.
+
+Events: `sweep` (how many trials are wanted), `proposed`, `applied`, `epoch`, `ended`; their fields
+are written by `study.py` alone.
+"""
+
+import json
+import logging
+import os
+import zlib
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tuneapp.errors import RunError
+
+log = logging.getLogger(__name__)
+
+Event = dict[str, Any]
+
+
+def read_events(path: Path) -> list[Event]:
+    """Return the events of the ledger at `path`, oldest first; a torn last line is left out.
+
+    Raises:
+        RunError: there is no such file, or a line before the last is damaged.
+    """
+    return _parse(_read(path), path)[0]
+
+
+class Ledger:
+    """Appends events; each is on the disk when `append` returns."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the ledger at `path`, creating it where it is missing and mending a torn end."""
+        path.touch()
+        content = _read(path)
+        self.events, good_bytes = _parse(content, path)
+        if good_bytes < len(content):
+            log.warning("%s: cut off %d bytes of a torn line", path, len(content) - good_bytes)
+            os.truncate(path, good_bytes)
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
+
+    def append(self, event: str, **fields: Any) -> Event:
+        """Write one event and return it as written, with its sequence number.
+
+        Raises:
+            ValueError: a field is not JSON, or a number in it is not finite.
+            OSError: the disk did not take it; the ledger is unchanged or ends in a torn line.
+        """
+        record = {"seq": len(self.events), "event": event, **fields}
+        line = json.dumps({**record, "crc": _crc(record)}, allow_nan=False) + "\n"
+        data = line.encode()
+        if os.write(self._file, data) != len(data):
+            raise OSError("the ledger took only a part of a line: is the disk full?")
+        os.fsync(self._file)
+        self.events.append(record)
+        return record
+
+    def close(self) -> None:
+        """Close the file. The ledger stays readable, and `events` too."""
+        os.close(self._file)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise RunError(f"{path.parent} is not a run directory: it has no {path.name}") from None
+
+
+def _parse(content: bytes, path: Path) -> tuple[list[Event], int]:
+    """Return the whole events of `content` and the number of bytes that they take."""
+    events: list[Event] = []
+    good_bytes = 0
+    lines = content.split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        event = _checked(line, seq=len(events))
+        if event is None:
+            if any(rest.strip() for rest in lines[number:]):
+                raise RunError(
+                    f"{path}, line {number}: damaged; restore this file from a backup, or start "
+                    "a new sweep"
+                )
+            break
+        if number == len(lines):
+            break  # whole, but without its newline: it was not acknowledged
+        events.append(event)
+        good_bytes += len(line) + 1
+    return events, good_bytes
+
+
+def _checked(line: bytes, seq: int) -> Event | None:
+    try:
+        event = json.loads(line)
+        crc = event.pop("crc")
+    except (ValueError, KeyError, AttributeError):
+        return None
+    return event if crc == _crc(event) and event["seq"] == seq else None
+
+
+def _crc(record: Event) -> str:
+    return f"{zlib.crc32(json.dumps(record, sort_keys=True).encode()):08x}"

@@ -1,0 +1,203 @@
+"""The run directory: everything about a run as plain files with relative paths.
+
+    runs/resnet-001/
+        ledger.jsonl      the events (ledger.py); the rest can be made again from it
+        run.json          settings, number format of this layout, versions, weights, warnings
+        space.py          the search space as it was when the run began; a resumed run uses this one
+        split.csv         every image: path, class, split, bytes
+        trials/t0001/     config.json, applied.json, epochs.csv, log.txt, TensorBoard events,
+                          checkpoints/ with their manifest
+        trials.csv        the table of trials
+
+Files are written aside and renamed, so a reader never sees half of one.
+"""
+
+import json
+import os
+import platform
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from tuneapp.config import RunSettings
+from tuneapp.errors import RunError
+
+FORMAT = 1
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_PACKAGES = ("tuneapp", "torch", "torchvision", "ray", "optuna", "tensorboardX", "pandas", "numpy")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The paths inside one run directory."""
+
+    path: Path
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "ledger.jsonl"
+
+    @property
+    def settings_file(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def space_file(self) -> Path:
+        return self.path / "space.py"
+
+    @property
+    def split_file(self) -> Path:
+        return self.path / "split.csv"
+
+    @property
+    def trials_table(self) -> Path:
+        return self.path / "trials.csv"
+
+    def trial(self, trial_id: str) -> Path:
+        return self.path / "trials" / trial_id
+
+    def lock(self) -> FileLock:
+        """Take the run for this process, until `release()` or its death.
+
+        Raises:
+            RunError: another process is working in this run directory.
+        """
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise RunError(f"{self.path} is in use by another tuneapp; wait for it") from None
+        return lock
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What `run.json` holds.
+
+    Attributes:
+        kind: `sweep`, or `train` for a single configuration.
+        space_name: file name of the search space, without `.py`.
+        settings: where and how the trials run.
+        image_root: absolute folder of the images; None for embedded data.
+        classes: class names in the order of their labels.
+        weights: for each weights choice of the space, what was found (`weights.Found.as_dict`).
+        warnings: what the user should know when reading the results.
+        cpus_per_trial: CPU threads of each trial.
+        gpus_per_trial: GPUs, or the share of one, of each trial.
+        concurrent: trials at once.
+        time_budget_s: seconds after which the sweep ends; None is no limit.
+    """
+
+    kind: Literal["sweep", "train"]
+    space_name: str
+    settings: RunSettings
+    image_root: str | None
+    classes: tuple[str, ...]
+    weights: Mapping[str, Mapping[str, Any]]
+    warnings: tuple[str, ...] = ()
+    cpus_per_trial: int = 1
+    gpus_per_trial: float = 0.0
+    concurrent: int = 1
+    time_budget_s: float | None = None
+
+
+def create_run(runs_dir: Path, name: str | None, default_name: str) -> RunDir:
+    """Make a new run directory; without `name` it gets `default_name` and the next number.
+
+    Raises:
+        RunError: the name is taken or is not a plain file name, or the folder cannot be made.
+    """
+    if name is not None and not _NAME.fullmatch(name):
+        raise RunError(
+            f"--name {name!r} is not allowed: letters, digits, '.', '_' and '-', at most 64, "
+            "beginning with a letter or digit"
+        )
+    try:
+        runs_dir.mkdir(parents=True, exist_ok=True)
+        if name is not None:
+            (runs_dir / name).mkdir()
+            return RunDir(runs_dir / name)
+        for number in range(1, 100_000):
+            path = runs_dir / f"{default_name}-{number:03d}"
+            try:
+                path.mkdir()
+            except FileExistsError:
+                continue
+            return RunDir(path)
+    except FileExistsError:
+        raise RunError(
+            f"{runs_dir / name!s} exists; go on with it by `python -m tuneapp resume "  # type: ignore[operator]
+            f"{runs_dir / name!s}`, or choose another --name"  # type: ignore[operator]
+        ) from None
+    except OSError as error:
+        raise RunError(f"cannot make a run directory in {runs_dir}: {error.strerror}") from None
+    raise RunError(f"{runs_dir} is full of {default_name} runs; choose a --name")
+
+
+def write_record(run: RunDir, record: RunRecord) -> None:
+    """Write `run.json`."""
+    plain = {
+        "format": FORMAT,
+        **asdict(record),
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
+    }
+    write_json(run.settings_file, plain)
+
+
+def open_run(path: Path) -> tuple[RunDir, RunRecord]:
+    """Return the run directory at `path` and its record.
+
+    Raises:
+        RunError: it is no run directory, or one of a newer tuneapp.
+    """
+    run = RunDir(path)
+    try:
+        plain = json.loads(run.settings_file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise RunError(f"{path} is not a run directory: it has no run.json") from None
+    except ValueError as error:
+        raise RunError(f"{run.settings_file} is damaged: {error}") from None
+    if plain.pop("format") > FORMAT:
+        made_by = plain.get("versions", {}).get("tuneapp")
+        raise RunError(f"{path} was made by a newer tuneapp ({made_by}); update this one")
+    plain.pop("versions")
+    plain["settings"] = RunSettings(**plain["settings"])
+    plain["classes"] = tuple(plain["classes"])
+    plain["warnings"] = tuple(plain["warnings"])
+    return run, RunRecord(**plain)
+
+
+def write_json(path: Path, plain: object) -> None:
+    """Write `plain` as indented JSON, whole or not at all."""
+    text = json.dumps(plain, indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file beside `path`, then put it in place: old or new, never half."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    aside = Path(name)
+    try:
+        write(aside)
+        with aside.open("rb") as written:
+            os.fsync(written.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself durable; without this a power cut can undo it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,388 @@
+"""Read, call, replay and probe a search-space file.
+
+A search-space file is Python with one function, `search_space(trial) -> TrialConfig`, and a list
+`FIRST_TRIALS` of parameter values that are tried first. It is kept as its source text: the run
+directory gets a copy, trials read that copy, and nothing depends on the file staying as it was.
+
+Imports Optuna, and neither torch nor Ray.
+"""
+
+import traceback
+import types
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+
+from tuneapp.config import TrialConfig
+from tuneapp.errors import ConfigError, SpaceError, did_you_mean
+
+Params = Mapping[str, Any]
+
+MAX_PROBED_BRANCHES = 512
+"""Sets of categorical choices that are tried before a sweep; single choices come first."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One way through a search space, with every numeric parameter at one end of its range."""
+
+    params: dict[str, Any]
+    distributions: dict[str, BaseDistribution]
+    config: TrialConfig
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """What `show` tells of one parameter."""
+
+    name: str
+    allowed: str
+    condition: str
+
+
+class SearchSpace:
+    """A search-space file: call it with an Optuna trial to get the trial's configuration."""
+
+    def __init__(self, text: str, path: Path) -> None:
+        """Execute the file's text.
+
+        Raises:
+            SpaceError: it does not run, or lacks a `search_space` function.
+        """
+        self.text = text
+        self.path = path
+        module = types.ModuleType("search_space_file")
+        module.__file__ = str(path)
+        try:
+            exec(compile(text, str(path), "exec"), module.__dict__)  # noqa: S102 - a space is code
+        except Exception as error:
+            raise SpaceError(f"{_place(error, path)}: {_say(error)}") from error
+        self._function = getattr(module, "search_space", None)
+        if not callable(self._function):
+            raise SpaceError(
+                f"{path}: no function `search_space`; a search space is a file with "
+                "`def search_space(trial: Trial) -> TrialConfig`"
+            )
+        self.summary = ((module.__doc__ or "").strip().splitlines() or [""])[0]
+        self.first_trials = self._read_first_trials(getattr(module, "FIRST_TRIALS", []))
+
+    @classmethod
+    def read(cls, path: Path) -> "SearchSpace":
+        """Read the search-space file at `path`.
+
+        Raises:
+            SpaceError: there is no such file, or it is not a search space.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            beside = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.exists() else []
+            hint = did_you_mean(path.name, beside)
+            raise SpaceError(f"{path}: no such search-space file{hint}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise SpaceError(f"{path}: cannot be read as a search space: {error}") from None
+        return cls(text, path)
+
+    @property
+    def name(self) -> str:
+        """The file's name without its ending."""
+        return self.path.stem
+
+    def __call__(self, trial: optuna.trial.BaseTrial) -> TrialConfig:
+        """Return the configuration that `trial`'s suggestions stand for.
+
+        Raises:
+            SpaceError: the file's function fails, or returns something else than a TrialConfig.
+        """
+        assert callable(self._function)
+        try:
+            config = self._function(trial)
+        except (SpaceError, ConfigError):
+            raise
+        except Exception as error:
+            raise SpaceError(f"{_place(error, self.path)}: {_say(error)}") from error
+        if not isinstance(config, TrialConfig):
+            raise SpaceError(
+                f"{self.path}: search_space returned {type(config).__name__}, not a TrialConfig"
+            )
+        return config
+
+    def config(self, params: Params) -> TrialConfig:
+        """Return the configuration of these parameter values, all of which must be used.
+
+        Raises:
+            SpaceError: a value is missing, out of range, or asked for by no suggestion.
+        """
+        return self.replay(params).config
+
+    def replay(self, params: Params) -> Branch:
+        """Like `config`, with the distributions of the parameters beside it."""
+        trial = _ScriptedTrial(params, self.path)
+        config = self(trial)
+        unused = [name for name in params if name not in trial.asked]
+        if unused:
+            hint = did_you_mean(unused[0], trial.asked)
+            raise SpaceError(
+                f"{self.path} never asks for {unused[0]!r} here{hint}; "
+                f"it asks for {', '.join(trial.asked)}"
+            )
+        return Branch(trial.values, trial.asked, config)
+
+    def branches(self) -> list[Branch]:
+        """Try each set of categorical choices, with all numbers low and then high.
+
+        Raises:
+            SpaceError: a branch fails, or one name has two meanings.
+            ConfigError: a branch builds a configuration that is not allowed.
+        """
+        found: list[Branch] = []
+        meanings: dict[str, BaseDistribution] = {}
+        seen: set[tuple[tuple[str, int], ...]] = set()
+        waiting: deque[dict[str, int]] = deque([{}])
+        while waiting and len(seen) < MAX_PROBED_BRANCHES:
+            wanted = waiting.popleft()
+            low, high = _Probe(wanted, "low"), _Probe(wanted, "high")
+            path = tuple(sorted(low.choose(self).items()))
+            if path in seen:
+                continue
+            seen.add(path)
+            high.choose(self)
+            for probe in (low, high):
+                assert probe.config is not None
+                self._refuse_collisions(meanings, probe.asked)
+                found.append(Branch(probe.values, probe.asked, probe.config))
+            waiting.extend(low.alternatives())
+        return found
+
+    def parameters(self) -> list[Parameter]:
+        """Return every parameter once, with its range and the choices that bring it up."""
+        branches = self.branches()
+        distributions = {n: d for b in branches for n, d in b.distributions.items()}
+        return [
+            Parameter(name, describe(distribution), _condition(name, branches, distributions))
+            for name, distribution in distributions.items()
+        ]
+
+    def _refuse_collisions(
+        self, meanings: dict[str, BaseDistribution], asked: Mapping[str, BaseDistribution]
+    ) -> None:
+        for name, distribution in asked.items():
+            known = meanings.setdefault(name, distribution)
+            if known != distribution:
+                raise SpaceError(
+                    f"{self.path}: parameter {name!r} is {describe(known)} in one branch and "
+                    f"{describe(distribution)} in another; give each branch its own name, such as "
+                    f"'sgd.{name}' and 'adamw.{name}'"
+                )
+
+    def _read_first_trials(self, listed: object) -> list[dict[str, Any]]:
+        ok = isinstance(listed, Sequence) and all(isinstance(p, Mapping) for p in listed)
+        if not ok:
+            raise SpaceError(f"{self.path}: FIRST_TRIALS must be a list of dicts name -> value")
+        return [dict(params) for params in listed]  # type: ignore[attr-defined]
+
+
+def describe(distribution: BaseDistribution) -> str:
+    """Return the allowed values in words: `0.1 to 1.0, log`, `0 to 5, whole`, `sgd | adamw`."""
+    if isinstance(distribution, CategoricalDistribution):
+        return " | ".join(map(str, distribution.choices))
+    low, high = distribution.low, distribution.high  # type: ignore[attr-defined]
+    whole = isinstance(distribution, optuna.distributions.IntDistribution)
+    log = ", log" if distribution.log else ""  # type: ignore[attr-defined]
+    return f"{low:g} to {high:g}{', whole' if whole else ''}{log}"
+
+
+def parse_value(name: str, text: str, distribution: BaseDistribution) -> Any:
+    """Return what `--set name=text` means for a parameter of this distribution.
+
+    Raises:
+        SpaceError: the text is no allowed value.
+    """
+    if isinstance(distribution, CategoricalDistribution):
+        for choice in distribution.choices:
+            if str(choice) == text:
+                return choice
+    else:
+        try:
+            whole = isinstance(distribution, optuna.distributions.IntDistribution)
+            return int(text) if whole else float(text)
+        except ValueError:
+            pass
+    raise SpaceError(f"--set {name}={text}: allowed is {describe(distribution)}")
+
+
+class _SuggestOnly(optuna.trial.BaseTrial):
+    """The public `suggest_*` methods over one method of ours, `_value`.
+
+    Optuna's FixedTrial would do for a replay, but it only warns of a value out of range.
+    """
+
+    number = 0
+
+    def __init__(self) -> None:
+        self.asked: dict[str, BaseDistribution] = {}
+        self.values: dict[str, Any] = {}
+
+    def _value(self, name: str, distribution: BaseDistribution) -> Any:
+        raise NotImplementedError
+
+    def _suggest(self, name: str, distribution: BaseDistribution) -> Any:
+        known = self.asked.setdefault(name, distribution)
+        if known != distribution:
+            raise SpaceError(
+                f"parameter {name!r} is asked for twice: {describe(known)}, then "
+                f"{describe(distribution)}"
+            )
+        if name not in self.values:
+            self.values[name] = self._value(name, distribution)
+        return self.values[name]
+
+    def suggest_float(
+        self,
+        name: str,
+        low: float,
+        high: float,
+        *,
+        step: float | None = None,
+        log: bool = False,
+    ) -> float:
+        distribution = optuna.distributions.FloatDistribution(low, high, log=log, step=step)
+        return float(self._suggest(name, distribution))
+
+    def suggest_int(
+        self, name: str, low: int, high: int, *, step: int = 1, log: bool = False
+    ) -> int:
+        distribution = optuna.distributions.IntDistribution(low, high, log=log, step=step)
+        return int(self._suggest(name, distribution))
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:  # type: ignore[override]
+        return self._suggest(name, CategoricalDistribution(choices))
+
+    # Optuna's base class wants these too; a search space has no use for them.
+
+    def suggest_uniform(self, name: str, low: float, high: float) -> float:
+        return self.suggest_float(name, low, high)
+
+    def suggest_loguniform(self, name: str, low: float, high: float) -> float:
+        return self.suggest_float(name, low, high, log=True)
+
+    def suggest_discrete_uniform(self, name: str, low: float, high: float, q: float) -> float:
+        return self.suggest_float(name, low, high, step=q)
+
+    def report(self, value: float, step: int) -> None:
+        raise SpaceError("a search space suggests values; it does not report")
+
+    def should_prune(self) -> bool:
+        return False
+
+    def set_user_attr(self, key: str, value: Any) -> None:
+        pass
+
+    def set_constraint(self, key: str, value: float) -> None:
+        pass
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return dict(self.values)
+
+    @property
+    def distributions(self) -> dict[str, BaseDistribution]:
+        return dict(self.asked)
+
+    @property
+    def user_attrs(self) -> dict[str, Any]:
+        return {}
+
+    @property
+    def datetime_start(self) -> None:
+        return None
+
+
+class _ScriptedTrial(_SuggestOnly):
+    """Answers with given values, and refuses what is missing or out of range."""
+
+    def __init__(self, params: Params, path: Path) -> None:
+        super().__init__()
+        self._params = params
+        self._path = path
+
+    def _value(self, name: str, distribution: BaseDistribution) -> Any:
+        if name not in self._params:
+            raise SpaceError(
+                f"{self._path}: no value for {name!r} ({describe(distribution)}); "
+                f"give it, as in --set {name}=..."
+            )
+        value = self._params[name]
+        try:
+            inside = distribution._contains(distribution.to_internal_repr(value))
+        except (ValueError, TypeError):
+            inside = False
+        if not inside:
+            raise SpaceError(f"{self._path}: {name}={value!r}: allowed is {describe(distribution)}")
+        return value
+
+
+class _Probe(_SuggestOnly):
+    """Takes the wanted choices (else the first ones), and one end of every range."""
+
+    def __init__(self, wanted: Mapping[str, int], end: Literal["low", "high"]) -> None:
+        super().__init__()
+        self._wanted = wanted
+        self._end = end
+        self._chosen: dict[str, int] = {}
+        self.config: TrialConfig | None = None
+
+    def choose(self, space: SearchSpace) -> dict[str, int]:
+        """Run the space through; return the index of every categorical choice made."""
+        self.config = space(self)
+        return self._chosen
+
+    def alternatives(self) -> list[dict[str, int]]:
+        """Return every set of choices that differs from this one in a single choice."""
+        return [
+            {**self._chosen, name: other}
+            for name, index in self._chosen.items()
+            for other in range(len(self.asked[name].choices))  # type: ignore[attr-defined]
+            if other != index
+        ]
+
+    def _value(self, name: str, distribution: BaseDistribution) -> Any:
+        if isinstance(distribution, CategoricalDistribution):
+            self._chosen[name] = self._wanted.get(name, 0)
+            return distribution.choices[self._chosen[name]]
+        return getattr(distribution, self._end)
+
+
+def _condition(
+    name: str, branches: Sequence[Branch], distributions: Mapping[str, BaseDistribution]
+) -> str:
+    """Say which choices bring the parameter up: those that are always made where it is asked."""
+    inside = [b.params for b in branches if name in b.params]
+    parts = []
+    for other, distribution in distributions.items():
+        if other == name or not isinstance(distribution, CategoricalDistribution):
+            continue
+        made = {b.get(other) for b in inside}
+        all_made = {b.params.get(other) for b in branches}
+        if None not in made and made < all_made:
+            parts.append(f"{other} = {' | '.join(sorted(map(str, made)))}")
+    return " and ".join(parts)
+
+
+def _place(error: Exception, path: Path) -> str:
+    """Return `file:line` of the last step of `error` that lies in the space file."""
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        return f"{path}:{error.lineno}"
+    lines = [
+        f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)
+    ]
+    return f"{path}:{lines[-1]}" if lines else str(path)
+
+
+def _say(error: Exception) -> str:
+    return f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}"
