@@ -118,26 +118,22 @@ def create_run(runs_dir: Path, name: str | None, default_name: str) -> RunDir:
             f"--name {name!r} is not allowed: letters, digits, '.', '_' and '-', at most 64, "
             "beginning with a letter or digit"
         )
+    names = [name] if name else (f"{default_name}-{number:03d}" for number in range(1, 100_000))
     try:
         runs_dir.mkdir(parents=True, exist_ok=True)
-        if name is not None:
-            (runs_dir / name).mkdir()
-            return RunDir(runs_dir / name)
-        for number in range(1, 100_000):
-            path = runs_dir / f"{default_name}-{number:03d}"
+        for candidate in names:
+            path = runs_dir / candidate
             try:
                 path.mkdir()
             except FileExistsError:
                 continue
             return RunDir(path)
-    except FileExistsError:
-        raise RunError(
-            f"{runs_dir / name!s} exists; go on with it by `python -m tuneapp resume "  # type: ignore[operator]
-            f"{runs_dir / name!s}`, or choose another --name"  # type: ignore[operator]
-        ) from None
     except OSError as error:
         raise RunError(f"cannot make a run directory in {runs_dir}: {error.strerror}") from None
-    raise RunError(f"{runs_dir} is full of {default_name} runs; choose a --name")
+    raise RunError(
+        f"{path} exists; go on with it by `python -m tuneapp resume {path}`, or choose another "
+        "--name"
+    )
 
 
 def write_record(run: RunDir, record: RunRecord) -> None:

@@ -367,9 +367,9 @@ def _condition(
     for other, distribution in distributions.items():
         if other == name or not isinstance(distribution, CategoricalDistribution):
             continue
-        made = {b.get(other) for b in inside}
-        all_made = {b.params.get(other) for b in branches}
-        if None not in made and made < all_made:
+        made = {b[other] for b in inside if other in b}
+        all_made = {b.params[other] for b in branches if other in b.params}
+        if all(other in b for b in inside) and made < all_made:
             parts.append(f"{other} = {' | '.join(sorted(map(str, made)))}")
     return " and ".join(parts)
 

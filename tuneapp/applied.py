@@ -1,0 +1,153 @@
+"""Proof that a trial trains with what was asked: read back, compared, and recorded.
+
+What is read comes from the objects that train (optimizer, schedule, parameters, batches); what it
+is compared with comes from the configuration. A difference stops the trial.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, SequentialLR
+
+from tuneapp.config import Constant, Cosine, OneCycle, Schedule, Step, TrialConfig
+from tuneapp.errors import AppliedValueError
+from tuneapp.loop import EpochMetrics, Precision
+from tuneapp.models import StagedModel, count_parameters, stage_lrs
+
+_SCHEDULE_CLASSES: dict[type[Schedule], str] = {
+    Constant: "ConstantLR",
+    Step: "StepLR",
+    Cosine: "CosineAnnealingLR",
+    OneCycle: "OneCycleLR",
+}
+_OPTIMIZER_CLASSES = {"Sgd": "SGD", "Adam": "Adam", "AdamW": "AdamW"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Applied:
+    """What a trial really trains with.
+
+    Attributes:
+        lr: peak learning rate of each trained stage.
+        optimizer: class name.
+        weight_decay: of all groups; NaN-free, in torch's meaning for that optimizer.
+        schedule: class name of what follows the warm-up.
+        warmup_steps: optimizer steps of the warm-up.
+        trainable_parameters: numbers that the optimizer changes.
+        frozen_parameters: numbers that stay.
+        frozen_training: names of frozen stages that are not in `eval()` mode; must be empty.
+        device: `cpu` or `cuda`.
+        precision: what the forward pass computes in.
+        weights: torchvision's name, `file` or `random`.
+    """
+
+    lr: dict[str, float]
+    optimizer: str
+    weight_decay: float
+    schedule: str
+    warmup_steps: int
+    trainable_parameters: int
+    frozen_parameters: int
+    frozen_training: tuple[str, ...]
+    device: str
+    precision: str
+    weights: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self)
+
+
+def read_back(
+    model: StagedModel,
+    optimizer: Optimizer,
+    schedule: LRScheduler,
+    precision: Precision,
+    weights: str,
+) -> Applied:
+    """Read what the trial will train with from the objects themselves, before the first step."""
+    groups = optimizer.param_groups
+    held = {id(p) for group in groups for p in group["params"] if p.requires_grad}
+    parameters = list(model.parameters())
+    main, warmup = schedule, 0
+    if isinstance(schedule, SequentialLR):
+        main, warmup = schedule._schedulers[-1], schedule._milestones[0]
+    frozen = model.stages[: model.freeze_depth]
+    return Applied(
+        lr={g["name"]: float(g.get("max_lr", g["initial_lr"])) for g in groups},
+        optimizer=type(optimizer).__name__,
+        weight_decay=max(float(g["weight_decay"]) for g in groups),
+        schedule=type(main).__name__,
+        warmup_steps=warmup,
+        trainable_parameters=sum(p.numel() for p in parameters if id(p) in held),
+        frozen_parameters=sum(p.numel() for p in parameters if not p.requires_grad),
+        frozen_training=tuple(
+            s.name for s in frozen if any(m.training for m in s.module.modules())
+        ),
+        device=parameters[0].device.type,
+        precision=str(precision.dtype).removeprefix("torch."),
+        weights=weights,
+    )
+
+
+def require_applied(
+    applied: Applied,
+    config: TrialConfig,
+    model: StagedModel,
+    device: torch.device,
+    warmup_steps: int,
+) -> None:
+    """Compare what is applied with what `config` asks.
+
+    Raises:
+        AppliedValueError: they differ; the message names every difference.
+    """
+    kind = type(config.optimizer).__name__
+    trained = model.stages[config.freeze_depth :]
+    frozen = model.stages[: config.freeze_depth]
+    wanted = {
+        "optimizer": _OPTIMIZER_CLASSES[kind],
+        "weight_decay": config.optimizer.weight_decay,
+        "schedule": _SCHEDULE_CLASSES[type(config.schedule)],
+        "warmup_steps": warmup_steps,
+        "trainable_parameters": count_parameters(trained),
+        "frozen_parameters": count_parameters(frozen),
+        "frozen_training": (),
+        "device": device.type,
+    }
+    got = applied.as_dict()
+    wrong = [f"{k} is {got[k]!r}, not {v!r}" for k, v in wanted.items() if got[k] != v]
+    lrs = stage_lrs(config)
+    if applied.lr.keys() != lrs.keys():
+        wrong.append(f"the trained stages are {list(applied.lr)}, not {list(lrs)}")
+    else:
+        wrong += [
+            f"lr of {stage} is {applied.lr[stage]!r}, not {lr!r}"
+            for stage, lr in lrs.items()
+            if not math.isclose(applied.lr[stage], lr, rel_tol=1e-9)
+        ]
+    _raise(wrong)
+
+
+def require_batches(metrics: EpochMetrics, config: TrialConfig, examples: int, steps: int) -> None:
+    """Check, after the first epoch, the batches that were really trained on.
+
+    Raises:
+        AppliedValueError: their size or number is not what was asked.
+    """
+    # A single leftover example joins the batch before it.
+    allowed = {min(config.batch_size, examples), min(config.batch_size + 1, examples)}
+    wrong = []
+    if metrics.largest_batch not in allowed:
+        wrong.append(f"batch_size is {metrics.largest_batch}, not {config.batch_size}")
+    if metrics.steps != steps:
+        wrong.append(f"an epoch took {metrics.steps} steps, not {steps}")
+    _raise(wrong)
+
+
+def _raise(wrong: list[str]) -> None:
+    if wrong:
+        raise AppliedValueError("the trial does not train what was asked: " + "; ".join(wrong))

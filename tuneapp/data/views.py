@@ -1,0 +1,131 @@
+"""Draw the augmented versions of images, and put batches of them on the device.
+
+Every draw is a function of (seed, epoch, index of the example), and the order of an epoch one of
+(seed, epoch). Nothing depends on what was drawn before: not on the batch size, the trial, the
+process, or where a training was resumed.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from tuneapp.config import Augment
+from tuneapp.data.store import Preprocessing, Store
+
+Batch = tuple[Tensor, Tensor]
+
+# What a number is drawn for: two purposes never share a stream.
+_ORDER, _VIEW = 0, 1
+
+
+def _stream(seed: int, purpose: int, epoch: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, purpose, epoch])))
+
+
+def epoch_order(seed: int, epoch: int, count: int) -> npt.NDArray[np.intp]:
+    """Return the order of `count` examples in this epoch."""
+    return _stream(seed, _ORDER, epoch).permutation(count)
+
+
+def view_seeds(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
+    """Return a seed for the view of each of the first `count` examples of the store.
+
+    A prefix of a longer list: example 7 has the same seed in a set of 10 and of 10,000.
+    """
+    return _stream(seed, _VIEW, epoch).integers(0, 2**63 - 1, size=count, dtype=np.int64)
+
+
+def training_view(augment: Augment, preprocessing: Preprocessing) -> v2.Transform:
+    """Return the random transform of one stored uint8 image to (3, crop_size, crop_size).
+
+    The 35 % of `standard` is fastai's usual `min_scale`: fine-tuning starts from a network that
+    knows whole objects, and torchvision's 8 % are meant for training from scratch.
+    """
+    if augment == "none":
+        return evaluation_view(preprocessing)
+    smallest = 0.8 if augment == "light" else 0.35
+    crop = v2.RandomResizedCrop(
+        preprocessing.crop_size, scale=(smallest, 1.0), ratio=(3 / 4, 4 / 3), antialias=True
+    )
+    mirror = [v2.RandomHorizontalFlip()] if augment == "standard" else []
+    return v2.Compose([crop, *mirror])
+
+
+def evaluation_view(preprocessing: Preprocessing) -> v2.Transform:
+    """Return torchvision's centre crop of a stored image to (3, crop_size, crop_size)."""
+    return v2.CenterCrop(preprocessing.crop_size)
+
+
+class Batches:
+    """The examples of one split, as normalised batches on the device, epoch by epoch."""
+
+    def __init__(
+        self,
+        store: Store,
+        split: str,
+        *,
+        view: v2.Transform,
+        preprocessing: Preprocessing,
+        batch_size: int,
+        device: torch.device,
+        shuffle_seed: int | None = None,
+    ) -> None:
+        """Take the examples of `split`: in random order and views, or as they are without seed."""
+        self._store = store
+        self._indices = store.indices(split)
+        self._view = view
+        self._device = device
+        self._seed = shuffle_seed
+        self.batch_size = batch_size
+        self._mean = torch.tensor(preprocessing.mean, device=device).view(1, 3, 1, 1)
+        self._std = torch.tensor(preprocessing.std, device=device).view(1, 3, 1, 1)
+
+    @property
+    def num_examples(self) -> int:
+        """Examples of one epoch."""
+        return len(self._indices)
+
+    def __len__(self) -> int:
+        """Batches of one epoch."""
+        return len(self._bounds())
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """Yield images, float32 (B, 3, H, W) normalised, and labels, int64 (B,)."""
+        order, seeds = self._indices, None
+        if self._seed is not None:
+            order = order[epoch_order(self._seed, epoch, len(order))]
+            seeds = view_seeds(self._seed, epoch, len(self._store.labels))
+        for start, end in self._bounds():
+            chosen = order[start:end]
+            views = self._views(chosen, None if seeds is None else seeds[chosen])
+            # Divided first, as torchvision does: a validation image is its own to the last bit.
+            images = views.to(self._device, non_blocking=True).float().div_(255)
+            labels = self._store.labels[torch.from_numpy(chosen)].to(self._device)
+            yield images.sub_(self._mean).div_(self._std), labels
+
+    def _bounds(self) -> list[tuple[int, int]]:
+        """Cut an epoch into batches; a single leftover joins the batch before it.
+
+        BatchNorm cannot be trained on a batch of one example with one pixel left.
+        """
+        count = len(self._indices)
+        starts = list(range(0, count, self.batch_size))
+        if self._seed is not None and len(starts) > 1 and count - starts[-1] == 1:
+            starts.pop()
+        return list(zip(starts, [*starts[1:], count], strict=True))
+
+    def _views(self, chosen: npt.NDArray[np.intp], seeds: Sequence[int] | None) -> Tensor:
+        images = (self._store.image(int(index)) for index in chosen)
+        if seeds is None:
+            return torch.stack([self._view(image) for image in images])
+        views = []
+        # The transforms draw from torch's CPU generator; the training's own state is put back.
+        with torch.random.fork_rng(devices=[]):
+            for image, seed in zip(images, seeds, strict=True):
+                torch.default_generator.manual_seed(int(seed))
+                views.append(self._view(image))
+        return torch.stack(views)

@@ -1,0 +1,223 @@
+"""The canonical loop: train one epoch, evaluate. No files, no Ray, no printing.
+
+Nothing inside a step waits for the device: losses and gradient norms stay there as tensors and are
+read once per `READ_EVERY` steps, which is also when a loss that is not finite is noticed.
+"""
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from tuneapp.data.views import Batch
+from tuneapp.errors import DataError, Diverged
+
+READ_EVERY = 50
+"""Optimizer steps between two readings of the device."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Automatic mixed precision on one device type.
+
+    Attributes:
+        device_type: `cpu` or `cuda`.
+        dtype: what autocast computes in; float32 is no autocast.
+    """
+
+    device_type: str
+    dtype: torch.dtype
+
+    @property
+    def is_mixed(self) -> bool:
+        return self.dtype is not torch.float32
+
+    def autocast(self) -> torch.autocast:
+        """Return the context of a forward pass; the CPU path in float32 runs the same lines."""
+        dtype = self.dtype if self.is_mixed else torch.bfloat16
+        return torch.autocast(self.device_type, dtype=dtype, enabled=self.is_mixed)
+
+    def scaler(self) -> GradScaler:
+        """Return the gradient scaler, which does nothing but for float16."""
+        return GradScaler(self.device_type, enabled=self.dtype is torch.float16)
+
+
+@dataclass(frozen=True)
+class EpochMetrics:
+    """What one epoch of training was.
+
+    Attributes:
+        loss: mean over examples, nats.
+        grad_norm: mean over steps of the total 2-norm before clipping.
+        steps: optimizer steps.
+        largest_batch: examples of the largest batch seen.
+        images_per_s: examples trained on per second.
+        data_wait: share in [0, 1] of the time spent waiting for the next batch.
+    """
+
+    loss: float
+    grad_norm: float
+    steps: int
+    largest_batch: int
+    images_per_s: float
+    data_wait: float
+
+
+@dataclass(frozen=True)
+class EvalMetrics:
+    """Mean cross-entropy in nats and top-1 accuracy in [0, 1]."""
+
+    loss: float
+    accuracy: float
+
+
+def train_one_epoch(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    loss_fn: nn.Module,
+    optimizer: Optimizer,
+    schedule: LRScheduler,
+    scaler: GradScaler,
+    precision: Precision,
+    *,
+    epoch: int,
+    clip_norm: float | None = None,
+    accumulation_steps: int = 1,
+) -> EpochMetrics:
+    """Train `model` on every batch once, stepping the schedule after each optimizer step.
+
+    Args:
+        batches: images, float32 (B, 3, H, W) normalised, and labels, int64 (B,), on the device.
+        loss_fn: logits and labels to their mean loss.
+        epoch: from 1; only told in errors.
+        clip_norm: largest total 2-norm of the gradients; None does not clip.
+        accumulation_steps: parts in which each batch is computed.
+
+    Raises:
+        Diverged: the loss became NaN or infinite.
+        DataError: `batches` held no example.
+    """
+    model.train()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    meter = _Meter(epoch)
+    for images, labels in meter.timed(batches):
+        optimizer.zero_grad(set_to_none=True)
+        batch_loss = torch.zeros((), device=labels.device)
+        parts = zip(
+            images.chunk(accumulation_steps), labels.chunk(accumulation_steps), strict=True
+        )
+        for part, part_labels in parts:
+            with precision.autocast():
+                # Each part weighs by its examples, so the sum is the mean over the batch.
+                loss = loss_fn(model(part), part_labels) * (len(part_labels) / len(labels))
+            scaler.scale(loss).backward()
+            batch_loss += loss.detach()
+        scaler.unscale_(optimizer)
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if clip_norm is not None:
+            clip_grads_with_norm_(parameters, clip_norm, norm)
+        scaler.step(optimizer)
+        scaler.update()
+        schedule.step()
+        meter.add(batch_loss, norm, len(labels))
+    return meter.result()
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Iterable[Batch], precision: Precision) -> EvalMetrics:
+    """Score `model` on every example of `batches` exactly once.
+
+    Averages over examples, not batches, so a short last batch does not count double. The loss is
+    plain cross-entropy, whatever the training minimises. The model's mode is restored on return.
+
+    Args:
+        batches: as for `train_one_epoch`.
+
+    Raises:
+        DataError: `batches` held no example.
+    """
+    was_training = model.training
+    model.eval()
+    loss_sum: Tensor | float = 0.0
+    correct: Tensor | int = 0
+    count = 0
+    for images, labels in batches:
+        with precision.autocast():
+            logits = model(images)
+        losses = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+        loss_sum = loss_sum + losses.double()
+        correct = correct + (logits.argmax(dim=1) == labels).sum()
+        count += len(labels)
+    model.train(was_training)
+    if count == 0:
+        raise DataError("there is no example to evaluate on")
+    return EvalMetrics(float(loss_sum) / count, int(correct) / count)
+
+
+class _Meter:
+    """Adds up an epoch on the device, and reads it rarely."""
+
+    def __init__(self, epoch: int) -> None:
+        self._epoch = epoch
+        self._unread: list[tuple[Tensor, Tensor]] = []
+        self._sizes: list[int] = []
+        self._losses: list[float] = []
+        self._norms: list[float] = []
+        self._wait_s = 0.0
+        self._start = time.perf_counter()
+
+    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield the batches, counting the seconds that each was waited for."""
+        source = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            batch = next(source, None)
+            self._wait_s += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
+
+    def add(self, loss: Tensor, norm: Tensor, size: int) -> None:
+        self._unread.append((loss, norm))
+        self._sizes.append(size)
+        if len(self._unread) == READ_EVERY:
+            self._read()
+
+    def result(self) -> EpochMetrics:
+        if not self._sizes:
+            raise DataError("there is no example to train on")
+        self._read()
+        seconds = time.perf_counter() - self._start
+        examples = sum(self._sizes)
+        weighted = (loss * size for loss, size in zip(self._losses, self._sizes, strict=True))
+        return EpochMetrics(
+            loss=math.fsum(weighted) / examples,
+            grad_norm=self._mean_norm(),
+            steps=len(self._sizes),
+            largest_batch=max(self._sizes),
+            images_per_s=examples / seconds,
+            data_wait=self._wait_s / seconds,
+        )
+
+    def _mean_norm(self) -> float:
+        """Leave out steps that the scaler skipped because float16 overflowed."""
+        finite = [norm for norm in self._norms if math.isfinite(norm)]
+        return math.fsum(finite) / len(finite) if finite else 0.0
+
+    def _read(self) -> None:
+        if not self._unread:
+            return
+        losses, norms = zip(*self._unread, strict=True)
+        self._unread.clear()
+        for loss in torch.stack(losses).tolist():
+            self._losses.append(loss)
+            if not math.isfinite(loss):
+                raise Diverged(self._epoch, step=len(self._losses), loss=loss)
+        self._norms.extend(torch.stack(norms).tolist())

@@ -1,0 +1,279 @@
+"""Pretrained weights: where they are, how they are had, what of them fits.
+
+Only tensors are read, never code (`weights_only=True`). A file from torchvision's own list is
+checked against the hash in its name each time it is read.
+"""
+
+import hashlib
+import logging
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from filelock import FileLock
+from torch import Tensor, nn
+
+from tuneapp.data.store import Preprocessing
+from tuneapp.errors import WeightsError, did_you_mean
+from tuneapp.models import find_family
+
+log = logging.getLogger(__name__)
+
+SILENCE_S = 5.0
+"""A server that says nothing for so long is not there."""
+AUTO_LIMIT_S = 60.0
+"""`auto` gives up a download after so long; `DEFAULT` and other names wait for the end."""
+
+_HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,})\.")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a choice of weights came to on this machine.
+
+    Attributes:
+        asked: as written in the space.
+        file: the state_dict file; None for random weights.
+        name: torchvision's name of the weights, or `file`, or `random`.
+        warning: what the user should know, or an empty text.
+    """
+
+    asked: str | None
+    file: str | None
+    name: str
+    warning: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self)
+
+
+def find_weights(model: str, asked: str | None) -> Found:
+    """Return the weights that `asked` stands for, downloading them once where that is needed.
+
+    Args:
+        model: name of a torchvision classifier.
+        asked: as in `TrialConfig.weights`.
+
+    Raises:
+        WeightsError: they cannot be had; the message says where to put the file.
+    """
+    if asked is None:
+        return Found(None, None, "random")
+    if asked == "auto":
+        entry = _enum_entry(model, "DEFAULT")
+        try:
+            return Found(asked, str(_cached_or_fetched(entry, AUTO_LIMIT_S)), str(entry))
+        except WeightsError as error:
+            warning = f"{model} starts from RANDOM weights, not pretrained ones: {error}"
+            return Found(asked, None, "random", warning)
+    path = Path(asked).expanduser()
+    if path.is_file():
+        return Found(asked, str(path.resolve()), "file")
+    if path.suffix or "/" in asked:
+        raise WeightsError(f"weights {asked!r}: no such file")
+    entry = _enum_entry(model, asked)
+    return Found(asked, str(_cached_or_fetched(entry, None)), str(entry))
+
+
+def preprocessing_of(
+    model: str, asked: str | None, image_size: int | None, native_size: int | None
+) -> Preprocessing:
+    """Return how images are prepared for these weights.
+
+    The weights' own evaluation preprocessing; for random weights and files that of the model's
+    default ones. A size that differs keeps the proportion of resize to crop.
+
+    Args:
+        model: name of a torchvision classifier.
+        asked: as in `TrialConfig.weights`.
+        image_size: height and width in pixels that the network shall see; None: as evaluated.
+        native_size: size of data that come in one small size, used where nothing is asked.
+    """
+    named = asked is not None and asked != "auto" and asked in _names(model)
+    entry = _enum_entry(model, str(asked) if named else "DEFAULT")
+    preset = entry.transforms()
+    own = Preprocessing(
+        resize_size=preset.resize_size[0],
+        crop_size=preset.crop_size[0],
+        interpolation=preset.interpolation.value,
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
+    )
+    size = image_size or native_size
+    if size is None or size == own.crop_size:
+        return own
+    if image_size is None:  # scans of one size, framed already: nothing is cropped away
+        resize = size
+    else:
+        resize = max(size, round(size * own.resize_size / own.crop_size))
+    return Preprocessing(resize, size, own.interpolation, own.mean, own.std)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What of a state_dict went into a network: names of tensors."""
+
+    loaded: tuple[str, ...]
+    other_shape: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.loaded)} tensors loaded"]
+        for words, names in (
+            ("of another shape", self.other_shape),
+            ("missing in the file", self.missing),
+            ("not of this network", self.unexpected),
+        ):
+            if names:
+                more = ", ..." if len(names) > 3 else ""
+                parts.append(f"{len(names)} {words} ({', '.join(names[:3])}{more})")
+        return "; ".join(parts)
+
+
+def load_weights(network: nn.Module, model: str, file: Path) -> LoadReport:
+    """Load the state_dict in `file` into `network`, all but a head of another size.
+
+    Raises:
+        WeightsError: the file is damaged, is not a state_dict, holds numbers that are not finite,
+            or fits less than half of the backbone.
+    """
+    state = read_state_dict(file, file.stat().st_mtime_ns)
+    own = network.state_dict()
+    head = find_family(model).head_prefix
+    fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+    network.load_state_dict(fitting, strict=False)
+    report = LoadReport(
+        loaded=tuple(fitting),
+        other_shape=tuple(k for k in state if k in own and k not in fitting),
+        missing=tuple(k for k in own if k not in state),
+        unexpected=tuple(k for k in state if k not in own),
+    )
+    backbone = [k for k in own if not k.startswith(head)]
+    share = sum(k in fitting for k in backbone) / len(backbone)
+    if share < 0.5:
+        raise WeightsError(
+            f"{file} fits {share:.0%} of {model}'s backbone: it belongs to another network ({report})"
+        )
+    log.info("weights %s: %s", file, report)
+    return report
+
+
+@lru_cache(maxsize=4)
+def read_state_dict(file: Path, changed_ns: int) -> Mapping[str, Tensor]:
+    """Return the tensors in `file`, read once per process.
+
+    Args:
+        file: written by `torch.save` of a state_dict, or of a dict that holds one.
+        changed_ns: its modification time, so that a changed file is read anew.
+
+    Raises:
+        WeightsError: see `load_weights`.
+    """
+    _check_hash(file)
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise WeightsError(
+            f"{file} is not a readable file of plain weights ({first[:100]}); delete it, or save "
+            "it again with torch.save(model.state_dict(), ...)"
+        ) from None
+    for key in ("state_dict", "model"):  # how training scripts commonly wrap it
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not any(isinstance(v, Tensor) for v in content.values()):
+        raise WeightsError(f"{file} holds no state_dict (names with tensors)")
+    state = {
+        str(k).removeprefix("module."): v for k, v in content.items() if isinstance(v, Tensor)
+    }
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise WeightsError(f"{file}: {name} holds NaN or infinite numbers")
+    return state
+
+
+def fetch(url: str, file: Path, limit_s: float | None) -> None:
+    """Download `url` to `file`, whole and with the hash in its name, or not at all.
+
+    Args:
+        url: http, https or file address.
+        file: where to; processes that ask at once take turns, and fetch it once.
+        limit_s: seconds for the whole of it; None is no limit.
+
+    Raises:
+        WeightsError: the server cannot be reached, is too slow, or sent something else.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_name(file.name + ".lock")):
+        if file.is_file():
+            return
+        aside = file.with_name(f".{file.name}.{os.getpid()}")
+        deadline = None if limit_s is None else time.monotonic() + limit_s
+        try:
+            with (
+                urllib.request.urlopen(url, timeout=SILENCE_S) as answer,
+                aside.open("wb") as out,
+            ):
+                while block := answer.read(1 << 20):
+                    out.write(block)
+                    if deadline is not None and time.monotonic() > deadline:
+                        raise WeightsError(f"{url} took longer than {limit_s:.0f} s")
+            _check_hash(aside, named=file.name)
+            aside.replace(file)
+        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+            reason = getattr(error, "reason", None) or error
+            raise WeightsError(f"{url} cannot be reached ({reason})") from None
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+def _cached_or_fetched(entry: Any, limit_s: float | None) -> Path:
+    url = str(entry.url)
+    file = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+    if file.is_file():
+        _check_hash(file)
+        return file
+    try:
+        fetch(url, file, limit_s)
+    except WeightsError as error:
+        raise WeightsError(f"{error}; put the file at {file}") from None
+    return file
+
+
+def _check_hash(file: Path, named: str | None = None) -> None:
+    """Compare a file with the hash that torchvision puts into its names, where there is one."""
+    wanted = _HASH_IN_NAME.search(named or file.name)
+    if wanted is None:
+        return
+    with file.open("rb") as content:
+        got = hashlib.file_digest(content, "sha256").hexdigest()
+    if not got.startswith(wanted[1]):
+        raise WeightsError(
+            f"{file} is damaged: its SHA-256 begins with {got[:8]}, its name says {wanted[1]}; "
+            "delete it"
+        )
+
+
+def _names(model: str) -> list[str]:
+    return [entry.name for entry in torchvision.models.get_model_weights(model)] + ["DEFAULT"]
+
+
+def _enum_entry(model: str, name: str) -> Any:
+    enum = torchvision.models.get_model_weights(model)
+    if name not in _names(model):
+        raise WeightsError(
+            f"weights {name!r} of {model} are unknown{did_you_mean(name, _names(model))}; known: "
+            f"{', '.join(_names(model))}, 'auto', None, or the path of a file"
+        )
+    return enum[name] if name != "DEFAULT" else enum.DEFAULT
