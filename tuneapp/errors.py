@@ -16,8 +16,10 @@ as one line and exits with 2; anything that is not a `TuneappError` is a bug of 
 traceback.
 """
 
+import traceback
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class TuneappError(Exception):
@@ -71,3 +73,10 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` for the near miss of `word` among `known`, else an empty text."""
     near = get_close_matches(word, list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def say_cause(error: Exception) -> str:
+    """Return the kind of an error, its first line, and where in the code it arose."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    first_line = str(error).strip().split("\n")[0][:200]
+    return f"{type(error).__name__}: {first_line} ({Path(last.filename).name}:{last.lineno})"

@@ -1,6 +1,7 @@
 """Optimizers and learning-rate schedules from their configuration: torch's own classes.
 
-One parameter group per trained stage, named after it, at the learning rate that `stage_lrs` says.
+The optimizers are torch's fused ones: on a CPU core, AdamW on ResNet-18 takes a sixth of the time of
+the unfused loop (benchmarks/optimizer_step.py). One parameter group per trained stage, named after it, at the learning rate that `stage_lrs` says.
 Every schedule is stepped once after each optimizer step; what torch counts in epochs is given to it
 in steps.
 """
@@ -42,6 +43,7 @@ def build_optimizer(model: StagedModel, config: TrialConfig) -> optim.Optimizer:
                 momentum=chosen.momentum,
                 nesterov=chosen.nesterov,
                 weight_decay=chosen.weight_decay,
+                fused=True,
             )
         case AdamW() | Adam():  # AdamW is an Adam: its own class must be asked for first
             kind = optim.AdamW if isinstance(chosen, AdamW) else optim.Adam
@@ -50,6 +52,7 @@ def build_optimizer(model: StagedModel, config: TrialConfig) -> optim.Optimizer:
                 lr=chosen.lr,
                 betas=(chosen.beta1, chosen.beta2),
                 weight_decay=chosen.weight_decay,
+                fused=True,
             )
         case _:
             assert_never(chosen)

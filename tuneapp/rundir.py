@@ -13,6 +13,7 @@ Files are written aside and renamed, so a reader never sees half of one.
 """
 
 import json
+import logging
 import os
 import platform
 import re
@@ -197,3 +198,20 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+class log_to:  # noqa: N801 - used as a `with` statement only
+    """Write the log of `tuneapp` to a file, too."""
+
+    def __init__(self, file: Path) -> None:
+        self._handler = logging.FileHandler(file, encoding="utf-8")
+        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self._log = logging.getLogger("tuneapp")
+
+    def __enter__(self) -> None:
+        self._log.addHandler(self._handler)
+        self._log.setLevel(logging.INFO)
+
+    def __exit__(self, *exit_reason: object) -> None:
+        self._log.removeHandler(self._handler)
+        self._handler.close()

@@ -122,7 +122,43 @@ class SearchSpace:
 
     def replay(self, params: Params) -> Branch:
         """Like `config`, with the distributions of the parameters beside it."""
-        trial = _ScriptedTrial(params, self.path)
+        return self._run_script(params, fill=False)
+
+    def complete(self, params: Params) -> Branch:
+        """Like `replay`, taking the first choice and the low end for each value that is missing."""
+        return self._run_script(params, fill=True)
+
+    def override(self, base: Params, chosen: Mapping[str, str]) -> dict[str, Any]:
+        """Return `base` with the values that the user has written, and only what they ask for.
+
+        Args:
+            base: complete values, such as a recipe's.
+            chosen: parameter to text, as in `--set name=text`.
+
+        Raises:
+            SpaceError: a name is unknown, a text is no allowed value, or a value is missing.
+        """
+        known = {n: d for branch in self.branches() for n, d in branch.distributions.items()}
+        for name in chosen:
+            if name not in known:
+                hint = did_you_mean(name, known)
+                raise SpaceError(
+                    f"--set {name}: {self.path} has no such parameter{hint}; it has "
+                    f"{', '.join(known)}"
+                )
+        values = {name: parse_value(name, text, known[name]) for name, text in chosen.items()}
+        trial = _ScriptedTrial({**base, **values}, self.path, fill=False)
+        self(trial)
+        unused = [name for name in chosen if name not in trial.asked]
+        if unused:
+            raise SpaceError(
+                f"--set {unused[0]}: not asked for beside the other values; "
+                f"{self.path} asks for {', '.join(trial.asked)}"
+            )
+        return trial.values
+
+    def _run_script(self, params: Params, *, fill: bool) -> Branch:
+        trial = _ScriptedTrial(params, self.path, fill)
         config = self(trial)
         unused = [name for name in params if name not in trial.asked]
         if unused:
@@ -304,15 +340,18 @@ class _SuggestOnly(optuna.trial.BaseTrial):
 
 
 class _ScriptedTrial(_SuggestOnly):
-    """Answers with given values, and refuses what is missing or out of range."""
+    """Answers with given values, and refuses what is out of range or (without `fill`) missing."""
 
-    def __init__(self, params: Params, path: Path) -> None:
+    def __init__(self, params: Params, path: Path, fill: bool) -> None:
         super().__init__()
         self._params = params
         self._path = path
+        self._fill = fill
 
     def _value(self, name: str, distribution: BaseDistribution) -> Any:
         if name not in self._params:
+            if self._fill:
+                return _end_of(distribution, "low")
             raise SpaceError(
                 f"{self._path}: no value for {name!r} ({describe(distribution)}); "
                 f"give it, as in --set {name}=..."
@@ -355,7 +394,13 @@ class _Probe(_SuggestOnly):
         if isinstance(distribution, CategoricalDistribution):
             self._chosen[name] = self._wanted.get(name, 0)
             return distribution.choices[self._chosen[name]]
-        return getattr(distribution, self._end)
+        return _end_of(distribution, self._end)
+
+
+def _end_of(distribution: BaseDistribution, end: Literal["low", "high"]) -> Any:
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices[0 if end == "low" else -1]
+    return getattr(distribution, end)
 
 
 def _condition(

@@ -1,0 +1,533 @@
+"""The command line: the only place that prints, and that turns errors into exit codes.
+
+Exit codes: 0 done; 2 bad input; 3 done, but some trials failed; 4 no trial gave a result; 130 and
+143 ended by Ctrl-C and SIGTERM. Each command imports what it needs when it runs: `--help` needs
+neither torch nor Ray.
+"""
+
+import contextlib
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import click
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from tuneapp.errors import ConfigError, TuneappError
+
+if TYPE_CHECKING:
+    from tuneapp.config import RunSettings
+    from tuneapp.display import Progress
+    from tuneapp.rundir import RunDir, RunRecord
+    from tuneapp.space import SearchSpace
+    from tuneapp.summary import Summary
+
+app = typer.Typer(
+    name="tuneapp",
+    help="Find the fine-tuning recipe for your own images.",
+    epilog="Begin with: python -m tuneapp sweep search_spaces/resnet.py",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console()
+err = Console(stderr=True)
+
+SpaceFile = Annotated[Path, typer.Argument(metavar="SPACE", help="A search-space file.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/x.")]
+Data = Annotated[
+    str,
+    typer.Option(
+        metavar="FOLDER",
+        help="Images: a folder per class, or train/, val/ and test/ with one in each; 'digits' is "
+        "the embedded data set.",
+    ),
+]
+Epochs = Annotated[
+    int | None, typer.Option(metavar="N", help="Ceiling on every trial's epochs, for quick looks.")
+]
+ImageSize = Annotated[
+    int | None,
+    typer.Option(
+        metavar="PIXELS",
+        help="Height and width that the network sees. Default: what its weights were made for "
+        "(224 for ResNets); 32 for the embedded data.",
+    ),
+]
+Seed = Annotated[int, typer.Option(metavar="N", help="Source of every random draw.")]
+RunsDir = Annotated[Path, typer.Option(metavar="DIR", help="Where run directories are made.")]
+Name = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Of the run directory. Default: the space's and a number."),
+]
+MetricName = Annotated[
+    Literal["val/accuracy", "val/loss"], typer.Option(help="What trials are judged by.")
+]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"], typer.Option(help="auto: each trial's GPU, where it has one.")
+]
+DashboardHost = Annotated[
+    str,
+    typer.Option(
+        metavar="ADDRESS",
+        help="Address of the dashboard; any but 127.0.0.1 lets others on the network reach it.",
+    ),
+]
+
+
+@app.command()
+def sweep(
+    space: SpaceFile,
+    data: Data = "digits",
+    trials: Annotated[
+        int, typer.Option(metavar="N", help="Trials in all; the space's recipes come first.")
+    ] = 16,
+    epochs: Epochs = None,
+    image_size: ImageSize = None,
+    seed: Seed = 0,
+    metric: MetricName = "val/accuracy",
+    device: Device = "auto",
+    concurrent: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Trials at once. Default: one on each GPU or CPU core."),
+    ] = None,
+    time_budget: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="End after this long, such as 90s, 30m or 1h30m."),
+    ] = None,
+    runs_dir: RunsDir = Path("runs"),
+    name: Name = None,
+    dashboard: Annotated[
+        bool, typer.Option("--dashboard", help="Start the Ray dashboard and print its address.")
+    ] = False,
+    dashboard_host: DashboardHost = "127.0.0.1",
+) -> int:
+    """Search for the best configuration of SPACE on your images.
+
+    The recipes of the space run first and in full; then Optuna's TPE proposes and ASHA stops
+    what falls behind. Ctrl-C ends it tidily; `resume` goes on.
+    """
+    if trials < 1:
+        raise ConfigError(f"--trials {trials}: must be at least 1")
+    settings = _settings(data, seed, metric, epochs, image_size, device)
+    budget_s = None if time_budget is None else _seconds(time_budget)
+    loaded = _read_space(space)
+
+    from tuneapp.sweep import SweepOptions, start_sweep
+
+    options = SweepOptions(
+        trials=trials,
+        runs_dir=runs_dir,
+        name=name,
+        concurrent=concurrent,
+        time_budget_s=budget_s,
+        dashboard_host=dashboard_host if dashboard else None,
+    )
+    with _Show() as show:
+        outcome = start_sweep(loaded, settings, options, _say, show.begin)
+    return _finish_sweep(outcome)
+
+
+@app.command()
+def resume(
+    run: RunPath,
+    dashboard: Annotated[
+        bool, typer.Option("--dashboard", help="Start the Ray dashboard and print its address.")
+    ] = False,
+    dashboard_host: DashboardHost = "127.0.0.1",
+) -> int:
+    """Go on with RUN where it ended: unfinished trials from their last epoch, then the rest."""
+    from tuneapp.rundir import open_run
+
+    if open_run(run)[1].kind == "train":
+        from tuneapp.single import resume_training
+
+        with _Show() as show:
+            resumed = resume_training(run, show.begin)
+        return _finish_training(resumed)
+
+    from tuneapp.sweep import resume_sweep
+
+    with _Show() as show:
+        outcome = resume_sweep(run, show.begin, dashboard_host if dashboard else None)
+    return _finish_sweep(outcome)
+
+
+@app.command()
+def train(
+    space: Annotated[
+        Path | None,
+        typer.Argument(metavar="[SPACE]", help="A search-space file; with --from, the run's own."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Value of a parameter; may be given several times. What is not set is as in the "
+            "first recipe of SPACE, or as in the trial of --from.",
+        ),
+    ] = None,
+    from_: Annotated[
+        Path | None, typer.Option("--from", metavar="RUN", help="Take a trial of this run.")
+    ] = None,
+    trial: Annotated[
+        str, typer.Option(metavar="ID", help="Which trial of --from: best, or an id such as t0003.")
+    ] = "best",
+    data: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Images; default: digits, or --from's.")
+    ] = None,
+    epochs: Epochs = None,
+    image_size: ImageSize = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Source of every random draw.")
+    ] = None,
+    metric: MetricName = "val/accuracy",
+    device: Device = "auto",
+    runs_dir: RunsDir = Path("runs"),
+    name: Name = None,
+) -> int:
+    """Train one configuration in this process, without Ray.
+
+    With --from and nothing else, the numbers of that trial come out again.
+    """
+    if (space is None) == (from_ is None):
+        raise ConfigError("give either SPACE or --from RUN")
+    chosen = _pairs(set_ or [])
+    if from_ is None:
+        assert space is not None
+        loaded = _read_space(space)
+        settings = _settings(data or "digits", seed or 0, metric, epochs, image_size, device)
+        base = loaded.first_trials[0] if loaded.first_trials else {}
+        like = None
+    else:
+        loaded, settings, base, like = _from_run(from_, trial)
+        settings = _changed(settings, data, seed, epochs, image_size, device)
+        like = like if settings == like[1].settings else None
+    params = loaded.override(base, chosen)
+
+    from tuneapp.single import start_training
+
+    with _Show() as show:
+        run = start_training(
+            loaded, settings, params, runs_dir, name, _say, show.begin, like=like
+        )
+    return _finish_training(run)
+
+
+@app.command()
+def show(space: SpaceFile) -> int:
+    """Show what SPACE searches: its parameters, their ranges and conditions, its recipes."""
+    from rich.table import Table
+
+    from tuneapp.display import say_params
+    from tuneapp.space import SearchSpace
+
+    loaded = SearchSpace.read(space)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("parameter", "allowed", "asked for when"):
+        table.add_column(heading, overflow="fold")
+    for parameter in loaded.parameters():
+        table.add_row(
+            escape(parameter.name), escape(parameter.allowed), escape(parameter.condition)
+        )
+    _say(f"{space}: {loaded.summary}\n")
+    out.print(table)
+    if loaded.first_trials:
+        _say("\nrecipes, run first and in full:")
+        for number, params in enumerate(loaded.first_trials, start=1):
+            _say(f"  {number}  {say_params(params)}")
+    return 0
+
+
+@app.command()
+def summary(
+    run: RunPath,
+    applied: Annotated[
+        bool, typer.Option("--applied", help="Show what each trial really trained with, too.")
+    ] = False,
+) -> int:
+    """Show RUN's trials, best first, and write them to RUN/trials.csv."""
+    from tuneapp.summary import read_summary, write_trials_table
+
+    read = read_summary(run)
+    table = write_trials_table(run)
+    _print_result(read)
+    if applied:
+        _print_applied(read)
+    _say(f"table     {_short_path(table)}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_LogToStderr()])
+    try:
+        command = typer.main.get_command(app)
+        code = command.main(
+            args=None if argv is None else list(argv),
+            prog_name="python -m tuneapp",
+            standalone_mode=False,
+        )
+        return code if isinstance(code, int) else 0
+    except click.exceptions.ClickException as error:
+        error.show()
+        return error.exit_code
+    except TuneappError as error:
+        err.print(f"tuneapp: error: {error}", style="red", highlight=False, markup=False,
+                  soft_wrap=True)
+        return 2
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        return 130
+
+
+# --- What the commands share ----------------------------------------------------------------------
+
+
+class _LogToStderr(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        err.print(self.format(record), style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
+class _Show:
+    """Shows a run from its beginning, once it has one, to whatever ends it."""
+
+    def __init__(self) -> None:
+        self._stack = contextlib.ExitStack()
+        self._run: RunDir | None = None
+
+    def __enter__(self) -> "_Show":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self._stack.close()
+        if self._run is not None and kind is not None and issubclass(kind, KeyboardInterrupt):
+            _say(f"resume    python -m tuneapp resume {_short_path(self._run.path)}")
+
+    def begin(self, run: "RunDir", record: "RunRecord") -> "Progress":
+        from tuneapp.display import Progress
+        from tuneapp.ledger import read_events
+        from tuneapp.records import trials_wanted
+
+        self._run = run
+        for warning in record.warnings:
+            _warn(warning)
+        where = f"{record.cpus_per_trial} CPU thread(s)"
+        if record.gpus_per_trial:
+            where = f"{record.gpus_per_trial:g} GPU and {where}"
+        at_once = "" if record.kind == "train" else f"{record.concurrent} trial(s) at once, "
+        _say(f"run       {_short_path(run.path)}: {at_once}{where} each")
+        known = read_events(run.ledger) if run.ledger.exists() else []
+        progress = Progress(out, record.settings, trials_wanted(known), known)
+        return self._stack.enter_context(progress)
+
+
+def _say(line: str) -> None:
+    out.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _warn(line: str) -> None:
+    err.print(f"warning   {line}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
+def _read_space(path: Path) -> "SearchSpace":
+    from tuneapp.space import SearchSpace
+
+    space = SearchSpace.read(path)
+    _say(f"space     {path}: {space.summary}")
+    return space
+
+
+def _settings(
+    data: str, seed: int, metric: str, epochs: int | None, image_size: int | None, device: str
+) -> "RunSettings":
+    from tuneapp.config import RunSettings
+
+    # An absolute path, so that the run can be gone on with from anywhere.
+    place = data if data == "digits" else str(Path(data).expanduser().absolute())
+    return RunSettings(
+        data=place,
+        seed=seed,
+        metric=metric,  # type: ignore[arg-type]  # RunSettings checks it
+        max_epochs=epochs,
+        image_size=image_size,
+        device=device,  # type: ignore[arg-type]
+    )
+
+
+def _changed(
+    settings: "RunSettings",
+    data: str | None,
+    seed: int | None,
+    epochs: int | None,
+    image_size: int | None,
+    device: str,
+) -> "RunSettings":
+    """Return the settings of a run with what the user asked otherwise."""
+    return _settings(
+        settings.data if data is None else data,
+        settings.seed if seed is None else seed,
+        settings.metric,
+        settings.max_epochs if epochs is None else epochs,
+        settings.image_size if image_size is None else image_size,
+        settings.device if device == "auto" else device,
+    )
+
+
+def _from_run(
+    path: Path, trial_id: str
+) -> "tuple[SearchSpace, RunSettings, dict[str, Any], tuple[RunDir, RunRecord]]":
+    """Return the space, the settings and the parameters of a trial of a run."""
+    from tuneapp.space import SearchSpace
+    from tuneapp.summary import read_summary
+
+    read = read_summary(path)
+    ids = [t.trial_id for t in read.trials]
+    if trial_id == "best":
+        if read.best is None:
+            raise ConfigError(f"{path} has no trial with a result yet")
+        record = read.best[0]
+    elif trial_id in ids:
+        record = read.trials[ids.index(trial_id)]
+    else:
+        raise ConfigError(f"--trial {trial_id}: {path} has {', '.join(ids) or 'none'}, and best")
+    space = SearchSpace.read(read.run.space_file)
+    _say(f"trial     {record.trial_id} of {path}")
+    return space, read.record.settings, record.params, (read.run, read.record)
+
+
+def _pairs(texts: list[str]) -> dict[str, str]:
+    pairs = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--set {text}: must be NAME=VALUE, such as --set freeze_depth=2")
+        pairs[name] = value
+    return pairs
+
+
+def _seconds(text: str) -> float:
+    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+    if not found or not any(found.groups()):
+        raise ConfigError(f"--time-budget {text}: must be such as 90s, 30m or 1h30m")
+    hours, minutes, seconds = (int(g or 0) for g in found.groups())
+    return 3600.0 * hours + 60.0 * minutes + seconds
+
+
+def _short_path(path: Path) -> Path:
+    """Return a path as seen from here, where it lies below."""
+    with contextlib.suppress(ValueError):
+        return path.relative_to(Path.cwd())
+    return path
+
+
+def _finish_sweep(outcome: Any) -> int:
+    """Print how a sweep ended and what it found; return the exit code."""
+    from tuneapp.summary import read_summary, write_trials_table
+
+    read = read_summary(outcome.run.path)
+    write_trials_table(outcome.run.path)
+    _print_result(read)
+    path = _short_path(outcome.run.path)
+    if outcome.common_failure is not None:
+        _warn(f"the sweep was stopped: all of its first trials failed: {outcome.common_failure}")
+        _say(f"details   {path}/trials/t0001/error.txt")
+    if outcome.remaining:
+        why = "interrupted" if outcome.interrupted_by else "the time budget is used up"
+        _say(f"{outcome.remaining} trial(s) to go ({why})")
+        _say(f"resume    python -m tuneapp resume {path}")
+    if read.best is not None:
+        _say(f"again     python -m tuneapp train --from {path} --trial best")
+    _say(f"summary   python -m tuneapp summary {path}")
+    _say(f"curves    tensorboard --logdir {path}/trials")
+    _say("dashboard python -m tuneapp sweep ... --dashboard shows Ray's, while a sweep runs")
+    if outcome.interrupted_by:
+        return 128 + int(outcome.interrupted_by)
+    if read.best is None:
+        return 4
+    return 3 if any(t.state == "failed" for t in read.trials) else 0
+
+
+def _finish_training(run: "RunDir") -> int:
+    from tuneapp.summary import read_summary, write_trials_table
+
+    read = read_summary(run.path)
+    write_trials_table(run.path)
+    _print_result(read)
+    _print_applied(read)
+    path = _short_path(run.path)
+    _say(f"model     {path}/trials/t0001/checkpoints")
+    _say(f"curves    tensorboard --logdir {path}/trials")
+    return 0 if read.trials and read.trials[0].state == "finished" else 4
+
+
+def _print_result(read: "Summary") -> None:
+    """Print the table of trials, best first, the best one, and what the search added."""
+    from tuneapp.config import is_better
+    from tuneapp.display import say_params, trials_table
+
+    settings = read.record.settings
+    metric = settings.metric
+
+    def place(trial: Any) -> float:
+        row = trial.best(settings)
+        if row is None:
+            return float("inf")
+        return float(-row[metric] if settings.mode == "max" else row[metric])
+
+    best = read.best
+    ranked = sorted(read.trials, key=place)
+    _say("")
+    out.print(trials_table(ranked, settings, best[0].trial_id if best else None))
+    _say("")
+    for trial in ranked:
+        if trial.state in ("failed", "diverged"):
+            _say(f"{trial.trial_id} {trial.state}: {trial.cause}")
+    if best is None:
+        _say("best      none: no trial has finished an epoch")
+        return
+    trial, row = best
+    _say(
+        f"best      {trial.trial_id}: {metric} {row[metric]:.4f}{_spread(read, row)} at epoch "
+        f"{row['epoch']} of {trial.epochs}"
+    )
+    _say(f"          {say_params(trial.params)}")
+    recipe = read.best_recipe
+    if read.record.kind == "sweep" and recipe is not None:
+        theirs = recipe[1][metric]
+        found = f"best recipe {recipe[0].trial_id} has {theirs:.4f}"
+        if is_better(row[metric], theirs, settings.mode):
+            gain = abs(row[metric] - theirs)
+            _say(f"gain      {gain:.4f} over the recipes ({found})")
+        else:
+            _say(f"gain      none: the search did not beat the recipes ({found})")
+    for warning in read.record.warnings:
+        _warn(warning)
+
+
+def _spread(read: "Summary", row: dict[str, Any]) -> str:
+    if read.record.settings.metric != "val/accuracy":
+        return ""
+    spread = read.standard_error(row["val/accuracy"])
+    return f" (chance alone: +-{spread:.4f} on {read.num_val} images)"
+
+
+def _print_applied(read: "Summary") -> None:
+    """Print what each trial read back from its optimizer, schedule and parameters."""
+    from tuneapp.summary import flat
+
+    for trial in read.trials:
+        values = ((k, v) for k, v in flat(trial.applied).items() if v != "")
+        said = " ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in values)
+        _say(f"applied   {trial.trial_id}: {said or 'nothing yet'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

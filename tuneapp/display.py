@@ -1,0 +1,140 @@
+"""What the terminal shows: one live table, or lines where there is no terminal.
+
+Everything is drawn from the ledger's events, so what is seen is what was written.
+"""
+
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from tuneapp.config import RunSettings
+from tuneapp.ledger import Event
+from tuneapp.records import TrialRecord, best_record, read_records
+
+STATE_STYLES = {
+    "unfinished": "cyan",
+    "finished": "green",
+    "stopped": "dim",
+    "diverged": "yellow",
+    "failed": "red",
+}
+HIDDEN_ROWS = 9  # lines of the terminal that the table leaves to its frame and to what was said
+
+
+class Progress:
+    """Follows a run by its events; a context manager, and a listener while it is open."""
+
+    def __init__(
+        self, console: Console, settings: RunSettings, wanted: int, known: list[Event]
+    ) -> None:
+        """Begin with the events that the ledger holds already."""
+        self._console = console
+        self._settings = settings
+        self._wanted = wanted
+        self._records = read_records(known)
+        self._live: Live | None = None
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._live = Live(
+                get_renderable=self._render, console=self._console, refresh_per_second=2
+            )
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._live is not None:
+            self._live.transient = True  # the final table follows, and says it all
+            self._live.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Take one event."""
+        if event["event"] == "proposed":
+            self._records |= read_records([event])
+        elif "trial" in event:
+            self._records[event["trial"]].apply(event)
+        if self._live is None:
+            line = self._line(event)
+            if line:
+                self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    def _line(self, event: Event) -> str | None:
+        metric = self._settings.metric
+        match event["event"]:
+            case "proposed":
+                return f"{event['trial']} {event['origin']}: {say_params(event['params'])}"
+            case "epoch":
+                row, record = event["row"], self._records[event["trial"]]
+                best = record.best(self._settings)
+                assert best is not None
+                return (
+                    f"{event['trial']} epoch {row['epoch']}/{record.epochs}  "
+                    f"train/loss {row['train/loss']:.4f}  {metric} {row[metric]:.4f}  "
+                    f"best {best[metric]:.4f}"
+                )
+            case "ended":
+                cause = f": {event['cause']}" if event["cause"] else ""
+                done = sum(r.state != "unfinished" for r in self._records.values())
+                return f"{event['trial']} {event['state']}{cause}  [{done} of {self._wanted}]"
+        return None
+
+    def _render(self) -> RenderableType:
+        records = list(self._records.values())
+        best = best_record(records, self._settings)
+        done = sum(r.state != "unfinished" for r in records)
+        title = f"{done} of {self._wanted} trials done"
+        if best is not None:
+            metric = self._settings.metric
+            title += f", best {metric} {best[1][metric]:.4f} ({best[0].trial_id})"
+        room = max(self._console.height - HIDDEN_ROWS, 3)
+        running = [r for r in records if r.state == "unfinished"]
+        ended = [r for r in records if r.state != "unfinished"]
+        shown = ended[len(ended) - max(room - len(running), 0) :] + running
+        table = trials_table(shown, self._settings, best[0].trial_id if best else None)
+        table.title = title
+        return table
+
+
+def trials_table(records: list[TrialRecord], settings: RunSettings, best_id: str | None) -> Table:
+    """Return the table of trials: a row each, in the order given."""
+    table = Table(box=None, pad_edge=False, title_justify="left", title_style="bold")
+    table.add_column("trial", no_wrap=True)
+    table.add_column("from", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    table.add_column("epochs", justify="right", no_wrap=True)
+    table.add_column(settings.metric, justify="right", no_wrap=True)
+    table.add_column("at", justify="right", no_wrap=True)
+    table.add_column("parameters", overflow="fold")
+    for record in records:
+        best = record.best(settings)
+        table.add_row(
+            record.trial_id,
+            record.origin,
+            Text(record.state, style=STATE_STYLES[record.state]),
+            f"{len(record.rows)}/{record.epochs}",
+            "" if best is None else f"{best[settings.metric]:.4f}",
+            "" if best is None else str(best["epoch"]),
+            Text(say_params(record.params)),
+            style="bold" if record.trial_id == best_id else None,
+        )
+    return table
+
+
+def say_params(params: dict[str, Any]) -> str:
+    """Return parameter values in a line: `optimizer=adamw adamw.lr=0.00131`."""
+    return " ".join(f"{k}={_short(v)}" for k, v in params.items())
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+

@@ -1,0 +1,167 @@
+"""Check everything that can be checked before any compute is spent, and lay out a run.
+
+A sweep and a single run begin here: the space is probed in every branch, models, stages and data
+are looked up, weights are found, images are decoded. Only then is a run directory made.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tuneapp.config import RunSettings, TrialConfig
+from tuneapp.data.source import ImageSet, read_images, read_split, require_unchanged, write_split
+from tuneapp.data.store import Preprocessing, open_store
+from tuneapp.errors import ConfigError, SpaceError
+from tuneapp.models import build_network, check_model
+from tuneapp.rundir import RunDir, RunRecord, write_atomically, write_record
+from tuneapp.space import Branch, SearchSpace
+from tuneapp.trial import TrialRun
+from tuneapp.weights import Found, find_weights, load_weights, preprocessing_of
+
+log = logging.getLogger(__name__)
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A space, data and weights that fit together.
+
+    Attributes:
+        max_epochs: the longest training of any branch.
+        weights: what each choice of weights came to, by `weights_key`.
+        warnings: what the user should know before and after.
+    """
+
+    space: SearchSpace
+    settings: RunSettings
+    images: ImageSet
+    weights: Mapping[str, Found]
+    max_epochs: int
+    warnings: tuple[str, ...]
+
+
+def prepare(
+    space: SearchSpace, settings: RunSettings, branches: list[Branch], say: Say
+) -> Prepared:
+    """Check the branches of `space` against models, weights and data, and decode the images.
+
+    Args:
+        space: the search space.
+        settings: where and how its trials will run.
+        branches: what is to be checked: all of the space's, or the one that is to be trained.
+        say: told what takes a while.
+
+    Raises:
+        SpaceError: some branch asks for what does not exist; every such mistake is named.
+        DataError: the images cannot be used.
+        WeightsError: weights that must be had cannot be had.
+    """
+    configs = [settings.applied_to(branch.config) for branch in branches]
+    mistakes = list(dict.fromkeys(m for config in configs for m in check_model(config)))
+    if mistakes:
+        raise SpaceError(f"{space.path}: " + "; ".join(mistakes))
+    images = read_images(settings.data, settings.seed)
+    counts = {split: len(images.of(split)) for split in ("train", "val", "test")}
+    say(
+        f"data      {settings.data}: {len(images.classes)} classes; "
+        + ", ".join(f"{count} {split}" for split, count in counts.items() if count)
+    )
+    weights = {weights_key(c): c for c in configs}
+    found = {key: find_weights(c.model, c.weights) for key, c in weights.items()}
+    for key, config in weights.items():
+        file = found[key].file
+        if file is not None:
+            network = build_network(config.model, len(images.classes))
+            say(f"weights   {config.model}: {load_weights(network, config.model, Path(file))}")
+    for preprocessing in _preprocessings(configs, images):
+        size = preprocessing.crop_size
+        say(f"images    seen at {size} x {size} pixels, decoded once for all trials")
+        open_store(images, preprocessing)
+    return Prepared(
+        space=space,
+        settings=settings,
+        images=images,
+        weights=found,
+        max_epochs=max(c.epochs for c in configs),
+        warnings=tuple(dict.fromkeys(f.warning for f in found.values() if f.warning)),
+    )
+
+
+def lay_out(run: RunDir, prepared: Prepared, record: RunRecord) -> None:
+    """Write everything into a new run directory but the ledger."""
+    write_atomically(
+        run.space_file, lambda aside: aside.write_text(prepared.space.text, encoding="utf-8")
+    )
+    write_split(run.split_file, prepared.images)
+    write_record(run, record)
+
+
+def read_run_images(run: RunDir, record: RunRecord) -> ImageSet:
+    """Return the images of a run, split as they were when it began."""
+    root = None if record.image_root is None else Path(record.image_root)
+    return read_split(run.split_file, root, record.classes)
+
+
+def check_again(run: RunDir, record: RunRecord, space: SearchSpace) -> None:
+    """Check before a run goes on that its images are still what they were.
+
+    Raises:
+        DataError: some have changed, or cannot be decoded.
+    """
+    images = read_run_images(run, record)
+    require_unchanged(images)
+    configs = [record.settings.applied_to(b.config) for b in space.branches()]
+    for preprocessing in _preprocessings(configs, images):
+        open_store(images, preprocessing)
+
+
+def assemble(
+    run: RunDir, record: RunRecord, trial_id: str, params: Mapping[str, Any], *, has_gpu: bool
+) -> tuple[TrialConfig, TrialRun]:
+    """Return a trial of a run: its configuration, and where and how it runs."""
+    space = SearchSpace.read(run.space_file)
+    config = record.settings.applied_to(space.config(params))
+    found = record.weights[weights_key(config)]
+    return config, TrialRun(
+        settings=record.settings,
+        images=read_run_images(run, record),
+        weights_file=None if found["file"] is None else Path(found["file"]),
+        weights_name=found["name"],
+        num_threads=record.cpus_per_trial,
+        has_gpu=has_gpu,
+        folder=run.trial(trial_id),
+        params=params,
+    )
+
+
+def weights_key(config: TrialConfig) -> str:
+    """Name a choice of weights within a run."""
+    return f"{config.model} {config.weights}"
+
+
+def first_trials(space: SearchSpace, branches: list[Branch]) -> list[dict[str, Any]]:
+    """Return the space's FIRST_TRIALS, checked: known names, allowed values.
+
+    Raises:
+        SpaceError: one of them names a parameter that does not exist, or a value out of range.
+    """
+    known = {name: d for branch in branches for name, d in branch.distributions.items()}
+    for number, params in enumerate(space.first_trials, start=1):
+        try:
+            unknown = [name for name in params if name not in known]
+            if unknown:
+                raise SpaceError(f"{unknown[0]!r} is no parameter; there are {', '.join(known)}")
+            space.complete(params)
+        except (SpaceError, ConfigError) as error:
+            raise SpaceError(f"{space.path}: FIRST_TRIALS, number {number}: {error}") from None
+    return space.first_trials
+
+
+def _preprocessings(configs: list[TrialConfig], images: ImageSet) -> list[Preprocessing]:
+    wanted = (
+        preprocessing_of(c.model, c.weights, c.image_size, images.native_size) for c in configs
+    )
+    return list(dict.fromkeys(wanted))

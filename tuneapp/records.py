@@ -1,0 +1,104 @@
+"""Trials as the ledger tells them: what every reader of a run begins with."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from tuneapp.config import RunSettings, is_better
+from tuneapp.ledger import Event
+
+State = Literal["unfinished", "finished", "stopped", "diverged", "failed"]
+Origin = Literal["recipe", "search", "set"]
+
+
+@dataclass
+class TrialRecord:
+    """One trial.
+
+    Attributes:
+        trial_id: such as `t0007`; its folder's name.
+        origin: `recipe` (one of the space's FIRST_TRIALS), `search` (proposed by the sampler) or
+            `set` (given by the user to `train`).
+        params: the sampled values.
+        epochs: how many it was to train.
+        rows: metrics of each epoch done.
+        applied: what it really trained with; empty before its first epoch.
+        state: `stopped` is early, by comparison with others; `unfinished` can go on.
+        cause: why it did not finish, in a line.
+        told: the value that the sampler was told; None where it was told of no value.
+    """
+
+    trial_id: str
+    origin: Origin
+    params: dict[str, Any]
+    epochs: int
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    applied: dict[str, Any] = field(default_factory=dict)
+    state: State = "unfinished"
+    cause: str = ""
+    told: float | None = None
+
+    def best(self, settings: RunSettings, up_to: int | None = None) -> dict[str, Any] | None:
+        """Return the row of the best epoch, the earliest of equals; None before the first.
+
+        Args:
+            settings: say by which metric.
+            up_to: look at the epochs up to this one only.
+        """
+        best: dict[str, Any] | None = None
+        for row in self.rows:
+            if up_to is not None and row["epoch"] > up_to:
+                break
+            value = row[settings.metric]
+            if is_better(value, None if best is None else best[settings.metric], settings.mode):
+                best = row
+        return best
+
+    def apply(self, event: Event) -> None:
+        """Take over what an event says of this trial."""
+        match event["event"]:
+            case "applied":
+                self.applied = event["applied"]
+            case "epoch":
+                self.rows.append(event["row"])
+            case "ended":
+                self.state = event["state"]
+                self.cause = event["cause"]
+                self.told = event["told"]
+
+
+def read_records(events: Iterable[Event]) -> dict[str, TrialRecord]:
+    """Return the trials of a ledger by their ids, in the order in which they were proposed."""
+    records: dict[str, TrialRecord] = {}
+    for event in events:
+        if event["event"] == "proposed":
+            records[event["trial"]] = TrialRecord(
+                event["trial"], event["origin"], event["params"], event["epochs"]
+            )
+        elif "trial" in event:
+            records[event["trial"]].apply(event)
+    return records
+
+
+def trials_wanted(events: Iterable[Event]) -> int:
+    """Return how many trials the run shall have in all."""
+    return next((e["trials"] for e in reversed(list(events)) if e["event"] == "sweep"), 0)
+
+
+def best_record(
+    records: Iterable[TrialRecord], settings: RunSettings
+) -> tuple[TrialRecord, dict[str, Any]] | None:
+    """Return the trial with the best epoch of all, the earliest of equals, and that epoch's row.
+
+    Stopped, diverged and failed trials take part with the epochs that they have: a checkpoint of
+    the best epoch is kept for each.
+    """
+    best: tuple[TrialRecord, dict[str, Any]] | None = None
+    for record in records:
+        row = record.best(settings)
+        if row is None:
+            continue
+        than = None if best is None else best[1][settings.metric]
+        if is_better(row[settings.metric], than, settings.mode):
+            best = (record, row)
+    return best

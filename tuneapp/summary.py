@@ -1,0 +1,155 @@
+"""A run directory as tidy tables: compute first, render elsewhere.
+
+Reads the ledger alone, so any run will do: finished, interrupted, or still running. "Best" is
+always the best epoch of the run's metric.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from tuneapp.data.source import read_split
+from tuneapp.ledger import read_events
+from tuneapp.records import TrialRecord, best_record, read_records, trials_wanted
+from tuneapp.rundir import RunDir, RunRecord, open_run, write_atomically
+from tuneapp.space import SearchSpace
+from tuneapp.study import parameter_importances
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run, read.
+
+    Attributes:
+        run: its directory.
+        record: its settings.
+        trials: every trial proposed so far, in that order.
+        wanted: trials that the run shall have in all.
+        num_val: validation images, which the scores are shares of.
+    """
+
+    run: RunDir
+    record: RunRecord
+    trials: tuple[TrialRecord, ...]
+    wanted: int
+    num_val: int
+
+    @property
+    def best(self) -> tuple[TrialRecord, dict[str, Any]] | None:
+        """The best trial and the row of its best epoch; None before the first epoch."""
+        return best_record(self.trials, self.record.settings)
+
+    @property
+    def best_recipe(self) -> tuple[TrialRecord, dict[str, Any]] | None:
+        """Likewise, among the recipes."""
+        recipes = [t for t in self.trials if t.origin == "recipe"]
+        return best_record(recipes, self.record.settings)
+
+    @property
+    def num_open(self) -> int:
+        """Trials still to run: unfinished, or not proposed yet."""
+        unfinished = sum(t.state == "unfinished" for t in self.trials)
+        return unfinished + max(self.wanted - len(self.trials), 0)
+
+    def standard_error(self, accuracy: float) -> float:
+        """Return how much an accuracy on so many images varies by chance alone (binomial)."""
+        return math.sqrt(accuracy * (1 - accuracy) / self.num_val)
+
+
+def read_summary(path: Path) -> Summary:
+    """Read the run directory at `path`.
+
+    Raises:
+        RunError: it is none, or is damaged.
+    """
+    run, record = open_run(path)
+    events = read_events(run.ledger)
+    root = None if record.image_root is None else Path(record.image_root)
+    num_val = len(read_split(run.split_file, root, record.classes).of("val"))
+    trials = tuple(read_records(events).values())
+    return Summary(run, record, trials, trials_wanted(events), num_val)
+
+
+def trials_frame(path: Path) -> pd.DataFrame:
+    """Return a row for each trial, best first, indexed by trial id.
+
+    Columns: origin, state, cause, epochs (done), best_epoch, the metrics of the best epoch,
+    `params/<name>` (empty where a parameter was not asked for) and `applied/<name>`.
+    """
+    return _trials_frame(read_summary(path))
+
+
+def epochs_frame(path: Path) -> pd.DataFrame:
+    """Return a row for each epoch of each trial: trial, epoch, metrics."""
+    rows = [{"trial": t.trial_id, **row} for t in read_summary(path).trials for row in t.rows]
+    columns = ["trial", "epoch", "train/loss", "val/loss", "val/accuracy"]
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=columns)
+
+
+def write_trials_table(path: Path) -> Path:
+    """Write `trials.csv` into the run directory, and return where."""
+    summary = read_summary(path)
+    frame = _trials_frame(summary)
+    write_atomically(summary.run.trials_table, lambda aside: frame.to_csv(aside))
+    return summary.run.trials_table
+
+
+def importances(path: Path) -> pd.Series:
+    """Return how much each parameter matters for the score, from 0 to 1, by PED-ANOVA.
+
+    Parameters that only some trials have take part. Needs a dozen trials or so to mean something.
+
+    Source: S. Watanabe et al., PED-ANOVA, IJCAI 2023, as implemented by Optuna.
+    """
+    summary = read_summary(path)
+    space = SearchSpace.read(summary.run.space_file)
+    values = parameter_importances(space, list(summary.trials), summary.record.settings)
+    return pd.Series(values, name="importance", dtype=float)
+
+
+def _trials_frame(summary: Summary) -> pd.DataFrame:
+    settings = summary.record.settings
+    rows = [_trial_row(trial, trial.best(settings)) for trial in summary.trials]
+    frame = pd.DataFrame(rows, columns=None if rows else ["trial", "origin", "state"])
+    frame = frame.set_index("trial")
+    if settings.metric not in frame:
+        return frame
+    ascending = settings.mode == "min"
+    return frame.sort_values(settings.metric, ascending=ascending, kind="stable")
+
+
+def _trial_row(trial: TrialRecord, best: dict[str, Any] | None) -> dict[str, Any]:
+    metrics = {k: v for k, v in (best or {}).items() if k != "epoch" and not k.startswith("lr/")}
+    return {
+        "trial": trial.trial_id,
+        "origin": trial.origin,
+        "state": trial.state,
+        "cause": _cell(trial.cause),
+        "epochs": len(trial.rows),
+        "best_epoch": None if best is None else best["epoch"],
+        **metrics,
+        **{f"params/{name}": _cell(value) for name, value in trial.params.items()},
+        **{f"applied/{name}": _cell(v) for name, v in flat(trial.applied).items()},
+    }
+
+
+def flat(applied: dict[str, Any]) -> dict[str, Any]:
+    """Return `{"lr": {"head": 1}}` as `{"lr/head": 1}`, and lists as words."""
+    out: dict[str, Any] = {}
+    for name, value in applied.items():
+        if isinstance(value, dict):
+            out |= {f"{name}/{inner}": v for inner, v in value.items()}
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            out[name] = " ".join(map(str, value))
+        else:
+            out[name] = value
+    return out
+
+
+def _cell(value: Any) -> Any:
+    """Keep a text from being read as a formula by a spreadsheet."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@") else value
