@@ -89,7 +89,7 @@ class TrainState:
         return False
 
     def _content(self) -> dict[str, Any]:
-        cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+        cuda = torch.cuda.is_available()
         return {
             "config": canonical_json(self.config),
             "model": self.model.state_dict(),

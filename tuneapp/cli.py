@@ -216,9 +216,7 @@ def train(
     from tuneapp.single import start_training
 
     with _Show() as show:
-        run = start_training(
-            loaded, settings, params, runs_dir, name, _say, show.begin, like=like
-        )
+        run = start_training(loaded, settings, params, runs_dir, name, _say, show.begin, like=like)
     return _finish_training(run)
 
 
@@ -281,8 +279,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         error.show()
         return error.exit_code
     except TuneappError as error:
-        err.print(f"tuneapp: error: {error}", style="red", highlight=False, markup=False,
-                  soft_wrap=True)
+        err.print(
+            f"tuneapp: error: {error}", style="red", highlight=False, markup=False, soft_wrap=True
+        )
         return 2
     except (KeyboardInterrupt, click.exceptions.Abort):
         return 130
@@ -293,7 +292,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 class _LogToStderr(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        err.print(self.format(record), style="yellow", highlight=False, markup=False, soft_wrap=True)
+        err.print(
+            self.format(record), style="yellow", highlight=False, markup=False, soft_wrap=True
+        )
 
 
 class _Show:
@@ -314,7 +315,6 @@ class _Show:
     def begin(self, run: "RunDir", record: "RunRecord") -> "Progress":
         from tuneapp.display import Progress
         from tuneapp.ledger import read_events
-        from tuneapp.records import trials_wanted
 
         self._run = run
         for warning in record.warnings:
@@ -325,7 +325,7 @@ class _Show:
         at_once = "" if record.kind == "train" else f"{record.concurrent} trial(s) at once, "
         _say(f"run       {_short_path(run.path)}: {at_once}{where} each")
         known = read_events(run.ledger) if run.ledger.exists() else []
-        progress = Progress(out, record.settings, trials_wanted(known), known)
+        progress = Progress(out, record.settings, known)
         return self._stack.enter_context(progress)
 
 
@@ -505,7 +505,9 @@ def _print_result(read: "Summary") -> None:
         found = f"best recipe {recipe[0].trial_id} has {theirs:.4f}"
         if is_better(row[metric], theirs, settings.mode):
             gain = abs(row[metric] - theirs)
-            _say(f"gain      {gain:.4f} over the recipes ({found})")
+            small = metric == "val/accuracy" and gain < 2 * read.standard_error(theirs)
+            doubt = "; so small a gain may be chance" if small else ""
+            _say(f"gain      {gain:.4f} over the recipes ({found}){doubt}")
         else:
             _say(f"gain      none: the search did not beat the recipes ({found})")
     for warning in read.record.warnings:
@@ -516,7 +518,7 @@ def _spread(read: "Summary", row: dict[str, Any]) -> str:
     if read.record.settings.metric != "val/accuracy":
         return ""
     spread = read.standard_error(row["val/accuracy"])
-    return f" (chance alone: +-{spread:.4f} on {read.num_val} images)"
+    return f" (standard error {spread:.4f} on {read.num_val} images)"
 
 
 def _print_applied(read: "Summary") -> None:

@@ -342,7 +342,7 @@ class RunSettings(_Checked):
 
 
 def is_better(value: float, than: float | None, mode: Literal["max", "min"]) -> bool:
-    """Whether `value` beats `than` (None: nothing yet). An equal value does not: the first stays."""
+    """Whether `value` beats `than` (None: nothing yet); of equals, the first stays."""
     if than is None:
         return True
     return value > than if mode == "max" else value < than

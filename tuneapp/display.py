@@ -13,7 +13,7 @@ from rich.text import Text
 
 from tuneapp.config import RunSettings
 from tuneapp.ledger import Event
-from tuneapp.records import TrialRecord, best_record, read_records
+from tuneapp.records import TrialRecord, best_record, read_records, trials_wanted
 
 STATE_STYLES = {
     "unfinished": "cyan",
@@ -28,13 +28,11 @@ HIDDEN_ROWS = 9  # lines of the terminal that the table leaves to its frame and 
 class Progress:
     """Follows a run by its events; a context manager, and a listener while it is open."""
 
-    def __init__(
-        self, console: Console, settings: RunSettings, wanted: int, known: list[Event]
-    ) -> None:
+    def __init__(self, console: Console, settings: RunSettings, known: list[Event]) -> None:
         """Begin with the events that the ledger holds already."""
         self._console = console
         self._settings = settings
-        self._wanted = wanted
+        self._wanted = trials_wanted(known)
         self._records = read_records(known)
         self._live: Live | None = None
 
@@ -60,6 +58,8 @@ class Progress:
         """Take one event."""
         if event["event"] == "proposed":
             self._records |= read_records([event])
+        elif event["event"] == "sweep":
+            self._wanted = event["trials"]
         elif "trial" in event:
             self._records[event["trial"]].apply(event)
         if self._live is None:
@@ -136,5 +136,3 @@ def say_params(params: dict[str, Any]) -> str:
 
 def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-

@@ -70,7 +70,7 @@ class AppliedValueError(TrialError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `; did you mean 'x'?` for the near miss of `word` among `known`, else an empty text."""
+    """Return `; did you mean 'x'?` for the near miss of `word` among `known`, else nothing."""
     near = get_close_matches(word, list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 

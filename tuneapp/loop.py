@@ -37,6 +37,7 @@ class Precision:
 
     @property
     def is_mixed(self) -> bool:
+        """Whether autocast does anything."""
         return self.dtype is not torch.float32
 
     def autocast(self) -> torch.autocast:
@@ -110,9 +111,7 @@ def train_one_epoch(
     for images, labels in meter.timed(batches):
         optimizer.zero_grad(set_to_none=True)
         batch_loss = torch.zeros((), device=labels.device)
-        parts = zip(
-            images.chunk(accumulation_steps), labels.chunk(accumulation_steps), strict=True
-        )
+        parts = zip(images.chunk(accumulation_steps), labels.chunk(accumulation_steps), strict=True)
         for part, part_labels in parts:
             with precision.autocast():
                 # Each part weighs by its examples, so the sum is the mean over the batch.

@@ -54,7 +54,7 @@ class Family:
 
 def _resnet_stages(net: nn.Module) -> Sequence[Sequence[nn.Module]]:
     return (
-        (net.conv1, net.bn1, net.relu, net.maxpool),  # type: ignore[has-type]
+        (net.conv1, net.bn1, net.relu, net.maxpool),
         (net.layer1,),
         (net.layer2,),
         (net.layer3,),
@@ -75,16 +75,20 @@ RESNET = Family(
     head_prefix="fc.",
 )
 
-FAMILIES: Mapping[str, Family] = MappingProxyType(
-    {
-        name: RESNET
-        for name in (
-            *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
-            *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
-            *("wide_resnet50_2", "wide_resnet101_2"),
-        )
-    }
+_RESNETS = (
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
 )
+
+FAMILIES: Mapping[str, Family] = MappingProxyType(dict.fromkeys(_RESNETS, RESNET))
 
 
 class StagedModel(nn.Module):

@@ -1,9 +1,8 @@
 """Optimizers and learning-rate schedules from their configuration: torch's own classes.
 
-The optimizers are torch's fused ones: on a CPU core, AdamW on ResNet-18 takes a sixth of the time of
-the unfused loop (benchmarks/optimizer_step.py). One parameter group per trained stage, named after it, at the learning rate that `stage_lrs` says.
-Every schedule is stepped once after each optimizer step; what torch counts in epochs is given to it
-in steps.
+One parameter group per trained stage, named after it, at the learning rate that `stage_lrs` says.
+Every schedule is stepped once after each optimizer step; what torch counts in epochs is given to
+it in steps. The optimizers are torch's fused ones (`benchmarks/optimizer_step.py` says why).
 """
 
 import math
@@ -84,7 +83,7 @@ def build_schedule(
 
 
 def warmup_steps(config: TrialConfig, steps_per_epoch: int) -> int:
-    """Return how many optimizer steps the linear warm-up takes: at least one, where there is one."""
+    """Return how many optimizer steps the linear warm-up takes, rounded up."""
     fraction = getattr(config.schedule, "warmup_fraction", 0.0)
     total = config.epochs * steps_per_epoch
     return min(math.ceil(fraction * total), total - 1)

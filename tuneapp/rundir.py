@@ -42,25 +42,31 @@ class RunDir:
 
     @property
     def ledger(self) -> Path:
+        """The events."""
         return self.path / "ledger.jsonl"
 
     @property
     def settings_file(self) -> Path:
+        """Settings, versions, weights."""
         return self.path / "run.json"
 
     @property
     def space_file(self) -> Path:
+        """The copy of the search space."""
         return self.path / "space.py"
 
     @property
     def split_file(self) -> Path:
+        """Which image is in which split."""
         return self.path / "split.csv"
 
     @property
     def trials_table(self) -> Path:
+        """The table of trials."""
         return self.path / "trials.csv"
 
     def trial(self, trial_id: str) -> Path:
+        """Return the folder of a trial."""
         return self.path / "trials" / trial_id
 
     def lock(self) -> FileLock:

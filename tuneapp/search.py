@@ -48,7 +48,7 @@ class Proposer(Searcher):
         """Return the next assignment; Ray's own trial id plays no part in it."""
         proposal = self._driver.study.propose()
         if proposal is None:
-            return Searcher.FINISHED
+            return str(Searcher.FINISHED)
         return {
             "run_dir": self._driver.run_dir,
             "trial_id": proposal.trial_id,
@@ -138,7 +138,9 @@ class Stopper(AsyncHyperBandScheduler):
         may_stop = record.origin == "search" and epoch < record.epochs
         if action == TrialScheduler.STOP and may_stop:
             rung = max(m for m, _ in self._brackets[0]._rungs if m <= epoch)
-            cause = f"{study.settings.metric} {score:.4f} was not in the better third at epoch {rung:g}"
+            cause = (
+                f"{study.settings.metric} {score:.4f} was not in the better third at epoch {rung:g}"
+            )
             study.end(trial_id, "stopped", cause)
             return str(action)
         return str(TrialScheduler.CONTINUE)

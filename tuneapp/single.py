@@ -5,12 +5,12 @@ reads this one, and `resume` goes on with it.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tuneapp.checkpoint import Row
 from tuneapp.config import RunSettings
 from tuneapp.errors import Diverged, say_cause
 from tuneapp.ledger import Event, Ledger
@@ -80,9 +80,7 @@ def start_training(
     return run
 
 
-def resume_training(
-    path: Path, begun: Callable[[RunDir, RunRecord], Listen]
-) -> RunDir:
+def resume_training(path: Path, begun: Callable[[RunDir, RunRecord], Listen]) -> RunDir:
     """Go on with the training in `path` after its last epoch; a finished one is left as it is."""
     run, record = open_run(path.resolve())
     lock = run.lock()
@@ -104,6 +102,10 @@ def _train(run: RunDir, record: RunRecord, study: Study) -> None:
     trial_id = proposal.trial_id
     folder = run.trial(trial_id)
     folder.mkdir(parents=True, exist_ok=True)
+
+    def report(row: Row) -> None:
+        study.record_epoch(trial_id, row)
+
     with log_to(folder / "log.txt"):
         try:
             config, trial_run = assemble(
@@ -112,7 +114,7 @@ def _train(run: RunDir, record: RunRecord, study: Study) -> None:
             run_trial(
                 config,
                 trial_run,
-                lambda row: study.record_epoch(trial_id, row) and None,
+                report,
                 resume_from=folder / "checkpoints",
             )
         except Diverged as error:

@@ -81,7 +81,9 @@ class SearchSpace:
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
-            beside = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.exists() else []
+            beside = (
+                sorted(p.name for p in path.parent.glob("*.py")) if path.parent.exists() else []
+            )
             hint = did_you_mean(path.name, beside)
             raise SpaceError(f"{path}: no such search-space file{hint}") from None
         except (OSError, UnicodeDecodeError) as error:
@@ -296,7 +298,7 @@ class _SuggestOnly(optuna.trial.BaseTrial):
         distribution = optuna.distributions.IntDistribution(low, high, log=log, step=step)
         return int(self._suggest(name, distribution))
 
-    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:  # type: ignore[override]
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
         return self._suggest(name, CategoricalDistribution(choices))
 
     # Optuna's base class wants these too; a search space has no use for them.
@@ -423,9 +425,7 @@ def _place(error: Exception, path: Path) -> str:
     """Return `file:line` of the last step of `error` that lies in the space file."""
     if isinstance(error, SyntaxError) and error.filename == str(path):
         return f"{path}:{error.lineno}"
-    lines = [
-        f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)
-    ]
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
     return f"{path}:{lines[-1]}" if lines else str(path)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import optuna
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from tuneapp.config import RunSettings
@@ -60,8 +61,7 @@ class Study:
         self._first = list(first)
         self._listen = listen
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        direction = "maximize" if settings.mode == "max" else "minimize"
-        self._study = optuna.create_study(direction=direction)
+        self._study = optuna.create_study(direction=_direction(settings))
         self._live: dict[str, optuna.Trial] = {}
         self._unfinished: deque[Proposal] = deque()
         self.records = read_records(ledger.events)
@@ -227,6 +227,10 @@ class Study:
         self._listen(written)
 
 
+def _direction(settings: RunSettings) -> StudyDirection:
+    return StudyDirection.MAXIMIZE if settings.mode == "max" else StudyDirection.MINIMIZE
+
+
 def _as_optuna(record: TrialRecord) -> tuple[TrialState, float | None]:
     """Return the state and value under which Optuna knows an ended trial."""
     if record.state == "finished":
@@ -249,7 +253,7 @@ def parameter_importances(
     Raises:
         SpaceError: fewer than two trials have a score.
     """
-    study = optuna.create_study(direction="maximize" if settings.mode == "max" else "minimize")
+    study = optuna.create_study(direction=_direction(settings))
     for record in records:
         best = record.best(settings)
         if best is not None:

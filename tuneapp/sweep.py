@@ -178,9 +178,7 @@ def resume_sweep(
             if study.remaining == 0:
                 return Outcome(run, None, False, None, 0)
             check_again(run, record, space)
-            max_epochs = max(
-                record.settings.applied_to(b.config).epochs for b in space.branches()
-            )
+            max_epochs = max(record.settings.applied_to(b.config).epochs for b in space.branches())
             return _drive(run, record, study, ledger, max_epochs, dashboard_host)
     finally:
         lock.release()
@@ -189,13 +187,15 @@ def resume_sweep(
 def share_machine(settings: RunSettings, concurrent: int | None) -> tuple[int, int, float]:
     """Return trials at once, and CPU threads and GPUs (or a share of one) for each.
 
-    On GPUs: one trial on each, or `concurrent` of them sharing the GPUs. On CPUs: one core for each,
-    as far as memory goes: two trials on a core each get through more than one on two cores.
+    On GPUs: one trial on each, or `concurrent` of them sharing the GPUs. On CPUs: one core for
+    each, as far as memory goes: two trials on a core each get more done than one on two cores.
 
     Raises:
         ConfigError: the machine cannot give what was asked.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     gpus = 0 if settings.device == "cpu" else torch.cuda.device_count()
     if settings.device == "cuda" and gpus == 0:
         raise ConfigError("--device cuda: this machine has no GPU that torch can use; use auto")
@@ -206,7 +206,9 @@ def share_machine(settings: RunSettings, concurrent: int | None) -> tuple[int, i
     most = cores if gpus == 0 else max(cores, gpus)
     slots = int(room if concurrent is None else concurrent)
     if slots > most:
-        raise ConfigError(f"--concurrent {slots}: this machine has {cores} CPU cores; use 1 to {most}")
+        raise ConfigError(
+            f"--concurrent {slots}: this machine has {cores} CPU cores; use 1 to {most}"
+        )
     if gpus == 0:
         return slots, cores // slots, 0.0
     # Ray gives out whole GPUs, or shares of a single one.
@@ -250,7 +252,8 @@ def _drive(
     early = study.remaining > 0 and study.common_failure is None and not until.is_late
     if early and not caught:
         raise TuneappError(
-            f"Ray ended the sweep with {study.remaining} trials to go; see {run.path}/trials/*/log.txt"
+            f"Ray ended the sweep with {study.remaining} trials to go; see the log.txt of the "
+            f"trials in {run.path}, and go on with `python -m tuneapp resume {run.path}`"
         )
     return Outcome(
         run,

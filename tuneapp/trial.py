@@ -219,5 +219,3 @@ def _record(state: TrainState, row: Row, run: TrialRun) -> None:
 
     state.save(run.folder / "checkpoints")
     write_atomically(run.folder / "epochs.csv", write_table)
-
-

@@ -163,7 +163,8 @@ def load_weights(network: nn.Module, model: str, file: Path) -> LoadReport:
     share = sum(k in fitting for k in backbone) / len(backbone)
     if share < 0.5:
         raise WeightsError(
-            f"{file} fits {share:.0%} of {model}'s backbone: it belongs to another network ({report})"
+            f"{file} fits {share:.0%} of {model}'s backbone: it belongs to another network "
+            f"({report})"
         )
     log.info("weights %s: %s", file, report)
     return report
@@ -194,9 +195,7 @@ def read_state_dict(file: Path, changed_ns: int) -> Mapping[str, Tensor]:
             content = content[key]
     if not isinstance(content, dict) or not any(isinstance(v, Tensor) for v in content.values()):
         raise WeightsError(f"{file} holds no state_dict (names with tensors)")
-    state = {
-        str(k).removeprefix("module."): v for k, v in content.items() if isinstance(v, Tensor)
-    }
+    state = {str(k).removeprefix("module."): v for k, v in content.items() if isinstance(v, Tensor)}
     for name, tensor in state.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise WeightsError(f"{file}: {name} holds NaN or infinite numbers")

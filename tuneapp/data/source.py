@@ -250,9 +250,7 @@ def _split_off(images: ImageSet, seed: int, *, test: bool) -> ImageSet:
             except ValueError as error:
                 raise DataError(f"{images.root} cannot be split by class: {error}") from None
             moved |= {int(i): split for i in held_out}
-    examples = [
-        replace(e, split=moved.get(i, e.split)) for i, e in enumerate(images.examples)
-    ]
+    examples = [replace(e, split=moved.get(i, e.split)) for i, e in enumerate(images.examples)]
     examples.sort(key=lambda e: (e.split, e.path))
     for split in ("val", *(("test",) if test else ())):
         absent = set(counts) - {e.label for e in examples if e.split == split}

@@ -5,7 +5,7 @@ Every draw is a function of (seed, epoch, index of the example), and the order o
 process, or where a training was resumed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -118,7 +118,7 @@ class Batches:
             starts.pop()
         return list(zip(starts, [*starts[1:], count], strict=True))
 
-    def _views(self, chosen: npt.NDArray[np.intp], seeds: Sequence[int] | None) -> Tensor:
+    def _views(self, chosen: npt.NDArray[np.intp], seeds: npt.NDArray[np.int64] | None) -> Tensor:
         images = (self._store.image(int(index)) for index in chosen)
         if seeds is None:
             return torch.stack([self._view(image) for image in images])
