@@ -1,7 +1,12 @@
 """Fixtures: small real images, and nothing of the user's own touched."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,3 +89,87 @@ def config() -> TrialConfig:
 def run(images: ImageSet) -> TrialRun:
     """Runs a trial on the photos without leaving files."""
     return TrialRun(settings=RunSettings(), images=images, params={})
+
+
+SMALL_SPACE = '''"""A space whose trials take a second.
+
+    python -m tuneapp sweep small.py --data photos
+"""
+from optuna import Trial
+
+from tuneapp.config import AdamW, Cosine, Sgd, TrialConfig
+
+FIRST_TRIALS = [
+    {"freeze_depth": 5, "optimizer": "adamw", "adamw.lr": 1e-2},
+    {"freeze_depth": 5, "optimizer": "sgd", "sgd.lr": 1e-2},
+]
+
+
+def search_space(trial: Trial) -> TrialConfig:
+    depth = trial.suggest_int("freeze_depth", 4, 5)
+    if trial.suggest_categorical("optimizer", ["adamw", "sgd"]) == "adamw":
+        optimizer = AdamW(lr=trial.suggest_float("adamw.lr", 1e-4, 1e-1, log=True))
+    else:
+        optimizer = Sgd(lr=trial.suggest_float("sgd.lr", 1e-4, 1e-1, log=True))
+    return TrialConfig(
+        model="resnet18",
+        weights=None,
+        image_size=32,
+        epochs=4,
+        batch_size=8,
+        freeze_depth=depth,
+        optimizer=optimizer,
+        schedule=Cosine(warmup_fraction=0.1),
+    )
+'''
+
+
+@pytest.fixture(scope="session")
+def small_space(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("space") / "small.py"
+    file.write_text(SMALL_SPACE)
+    return file
+
+
+@pytest.fixture(scope="session")
+def tuneapp(_caches: Path) -> Callable[..., subprocess.Popen[str]]:
+    """Return a starter of `python -m tuneapp ...` in a session of its own."""
+
+    def start(*words: object, cwd: Path) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tuneapp", *map(str, words)],
+            cwd=cwd,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            env={
+                **os.environ,
+                "TUNEAPP_CACHE": str(_caches / "tuneapp"),
+                "TORCH_HOME": str(_caches / "torch"),
+                "COLUMNS": "200",
+            },
+        )
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def finished_sweep(
+    tmp_path_factory: pytest.TempPathFactory,
+    tuneapp: Callable[..., subprocess.Popen[str]],
+    small_space: Path,
+    photos: Path,
+) -> dict[str, Any]:
+    """Run one real sweep of eight trials; return its directory, exit code and output."""
+    cwd = tmp_path_factory.mktemp("sweep")
+    words = ["sweep", small_space, "--data", photos, "--trials", 8, "--name", "done"]
+    process = tuneapp(*words, "--concurrent", 2, cwd=cwd)
+    out, err = process.communicate(timeout=170)
+    run = cwd / "runs" / "done"
+    return {"run": run, "code": process.returncode, "out": out, "err": err}
+
+
+def read_ledger(run: Path) -> list[dict[str, Any]]:
+    """Return a ledger's events without tuneapp's own reader."""
+    return [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]

@@ -123,15 +123,30 @@ def trials_table(records: list[TrialRecord], settings: RunSettings, best_id: str
             f"{len(record.rows)}/{record.epochs}",
             "" if best is None else f"{best[settings.metric]:.4f}",
             "" if best is None else str(best["epoch"]),
-            Text(say_params(record.params)),
+            Text(say_params_shortly(record.params)),
             style="bold" if record.trial_id == best_id else None,
         )
     return table
 
 
 def say_params(params: dict[str, Any]) -> str:
-    """Return parameter values in a line: `optimizer=adamw adamw.lr=0.00131`."""
+    """Return parameter values in a line, by their full names: `optimizer=sgd sgd.lr=0.0131`."""
     return " ".join(f"{k}={_short(v)}" for k, v in params.items())
+
+
+def say_params_shortly(params: dict[str, Any]) -> str:
+    """Return parameter values in a line, a branch's after its name: `sgd lr=0.0131`."""
+    branches = {name.split(".", 1)[0] for name in params if "." in name}
+    words = []
+    for name, value in params.items():
+        branch, dot, own_name = name.partition(".")
+        if value in branches:
+            words.append(str(value))
+        elif dot and branch in params.values():
+            words.append(f"{own_name}={_short(value)}")
+        else:
+            words.append(f"{name}={_short(value)}")
+    return " ".join(words)
 
 
 def _short(value: Any) -> str:

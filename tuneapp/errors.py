@@ -55,14 +55,14 @@ class TrialError(TuneappError):
 
 
 class Diverged(TrialError):  # noqa: N818 - it is what happened, and the state that a trial gets
-    """The loss became NaN or infinite."""
+    """The loss, or another number of an epoch, became NaN or infinite."""
 
-    def __init__(self, epoch: int, step: int, loss: float) -> None:
-        super().__init__(epoch, step, loss)
-        self.epoch, self.step, self.loss = epoch, step, loss
+    def __init__(self, epoch: int, step: int, value: float, what: str = "loss") -> None:
+        super().__init__(epoch, step, value, what)
+        self.epoch, self.step, self.value, self.what = epoch, step, value, what
 
     def __str__(self) -> str:
-        return f"loss became {self.loss} in epoch {self.epoch}, step {self.step}"
+        return f"{self.what} became {self.value} in epoch {self.epoch}, step {self.step}"
 
 
 class AppliedValueError(TrialError):

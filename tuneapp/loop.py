@@ -218,5 +218,5 @@ class _Meter:
         for loss in torch.stack(losses).tolist():
             self._losses.append(loss)
             if not math.isfinite(loss):
-                raise Diverged(self._epoch, step=len(self._losses), loss=loss)
+                raise Diverged(self._epoch, step=len(self._losses), value=loss)
         self._norms.extend(torch.stack(norms).tolist())

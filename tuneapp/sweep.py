@@ -229,10 +229,10 @@ def _drive(
     driver = Driver(study, str(run.path))
     stopper = Stopper(driver, max_epochs, settings.mode)
     stopper.replay(list(ledger.events))
-    deadline = None if record.time_budget_s is None else time.monotonic() + record.time_budget_s
-    until = Until(driver, deadline)
     # The handlers come second: `ray.init` sets its own for SIGTERM.
     with _ray(record, dashboard_host) as scratch, _signals() as caught:
+        budget_s = record.time_budget_s
+        until = Until(driver, None if budget_s is None else time.monotonic() + budget_s)
         tune.Tuner(
             tune.with_resources(
                 train_trial, {"cpu": record.cpus_per_trial, "gpu": record.gpus_per_trial}

@@ -6,6 +6,8 @@
 
 import csv
 import logging
+import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from tuneapp.config import Amp, RunSettings, TrialConfig, is_better
 from tuneapp.data.source import ImageSet
 from tuneapp.data.store import open_store
 from tuneapp.data.views import Batches, evaluation_view, training_view
-from tuneapp.errors import ConfigError
+from tuneapp.errors import ConfigError, Diverged
 from tuneapp.loop import Precision, evaluate, train_one_epoch
 from tuneapp.losses import build_loss
 from tuneapp.models import StagedModel, build_network, find_family, seed_everything
@@ -115,7 +117,7 @@ def run_trial(
     scaler = precision.scaler()
     applied = read_back(model, optimizer, schedule, precision, run.weights_name)
     require_applied(applied, config, model, device, warmup_steps(config, len(train_batches)))
-    log.info("trains with %s", applied)
+    log.info("process %d trains with %s", os.getpid(), applied)
 
     state = TrainState(model, optimizer, schedule, scaler, config.as_dict())
     if resume_from is not None:
@@ -154,6 +156,7 @@ def run_trial(
                 "train/data_wait": trained.data_wait,
                 **lrs,
             }
+            _require_finite(row, trained.steps)
             _record(state, row, run)
             tracker.epoch(row)
             report({**row, "applied": applied.as_dict()})
@@ -199,6 +202,13 @@ def _open_folder(run: TrialRun, config: TrialConfig, state: TrainState) -> Track
     run.folder.mkdir(parents=True, exist_ok=True)
     write_json(run.folder / "config.json", {"params": dict(run.params), **config.as_dict()})
     return TensorBoardTracker(run.folder, run.params, run.settings, state.history)
+
+
+def _require_finite(row: Row, step: int) -> None:
+    """A step's loss was checked already; that of the validation can leave the numbers by itself."""
+    for name, value in row.items():
+        if not math.isfinite(value):
+            raise Diverged(row["epoch"], step, value, what=name)
 
 
 def _record(state: TrainState, row: Row, run: TrialRun) -> None:

@@ -1,0 +1,90 @@
+import pickle
+import re
+
+import pytest
+
+from tuneapp import errors
+from tuneapp.errors import AppliedValueError, Diverged, TuneappError, did_you_mean, say_cause
+
+DEFINED = {
+    name: kind
+    for name, kind in vars(errors).items()
+    if isinstance(kind, type) and issubclass(kind, Exception)
+}
+
+
+def test_the_tree_in_the_docstring_is_the_tree_of_classes():
+    parent_of = {}
+    last_outer = ""
+    for line in errors.__doc__.splitlines():
+        found = re.search(r"[├└]── (\w+)", line)
+        if found is None:
+            continue
+        outer = line.index(found.group()) == 4  # directly under the root
+        parent_of[found.group(1)] = "TuneappError" if outer else last_outer
+        last_outer = found.group(1) if outer else last_outer
+    real = {name: kind.__bases__[0].__name__ for name, kind in DEFINED.items()}
+    assert real.pop("TuneappError") == "Exception"
+    assert parent_of == real
+
+
+@pytest.mark.parametrize("name", ["ConfigError", "SpaceError"])
+def test_wrong_values_are_value_errors_too(name):
+    assert issubclass(DEFINED[name], ValueError)
+
+
+@pytest.mark.parametrize("name", sorted(set(DEFINED) - {"Diverged"}))
+def test_an_error_says_its_message_and_survives_pickling(name):
+    # Ray carries errors between processes.
+    error = pickle.loads(pickle.dumps(DEFINED[name]("what the user wrote")))  # noqa: S301
+    assert type(error) is DEFINED[name]
+    assert isinstance(error, TuneappError)
+    assert str(error) == "what the user wrote"
+
+
+def test_a_divergence_says_where_it_happened_and_survives_pickling():
+    error = pickle.loads(pickle.dumps(Diverged(3, 17, float("inf"))))  # noqa: S301
+    assert str(error) == "loss became inf in epoch 3, step 17"
+    assert (error.epoch, error.step, error.loss) == (3, 17, float("inf"))
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("resnet81", "; did you mean 'resnet18'?"),
+        ("sgd.rl", "; did you mean 'sgd.lr'?"),
+        ("zebra", ""),
+        ("", ""),
+    ],
+)
+def test_only_a_near_miss_is_suggested(word, hint):
+    assert did_you_mean(word, iter(["resnet18", "sgd.lr", "adamw.lr"])) == hint
+
+
+def test_without_known_words_nothing_is_suggested():
+    assert did_you_mean("resnet18", []) == ""
+
+
+def test_a_cause_names_kind_first_line_and_the_innermost_place(tmp_path):
+    file = tmp_path / "broken_module.py"
+    file.write_text(
+        "def outer():\n    inner()\n\n\ndef inner():\n    raise RuntimeError('first\\nsecond')\n"
+    )
+    names = {}
+    exec(compile(file.read_text(), str(file), "exec"), names)  # noqa: S102 - a file with known lines
+    try:
+        names["outer"]()
+    except RuntimeError as error:
+        assert say_cause(error) == "RuntimeError: first (broken_module.py:6)"
+
+
+@pytest.mark.parametrize(
+    ("message", "said"), [("x" * 500, "x" * 200), ("\n\n  late\nmore", "late"), ("", "")]
+)
+def test_a_cause_is_one_short_line(message, said):
+    try:
+        raise AppliedValueError(message)
+    except AppliedValueError as error:
+        cause = say_cause(error)
+    assert "\n" not in cause
+    assert cause.startswith(f"AppliedValueError: {said} (test_errors.py:")

@@ -1,0 +1,299 @@
+"""Real sweeps under a real Ray: whole, killed, interrupted, and with trials that fail."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.conftest import SMALL_SPACE, read_ledger
+from tuneapp.config import ConfigError, RunSettings
+from tuneapp.prepare import assemble
+from tuneapp.rundir import open_run
+from tuneapp.sweep import share_machine
+from tuneapp.trial import run_trial
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+
+Start = Callable[..., subprocess.Popen[str]]
+TIMINGS = ("train/images_per_s", "train/data_wait")
+
+
+def rows_of(events: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for event in events:
+        if event["event"] == "epoch":
+            plain = {k: v for k, v in event["row"].items() if k not in TIMINGS}
+            rows.setdefault(event["trial"], []).append(plain)
+    return rows
+
+
+def ends_of(events: list[dict[str, Any]]) -> dict[str, str]:
+    return {e["trial"]: e["state"] for e in events if e["event"] == "ended"}
+
+
+def trained_alone(run_path: Path, trial_id: str) -> list[dict[str, Any]]:
+    """Train a trial of a run again in this process, which has run other trials before."""
+    run, record = open_run(run_path)
+    params = next(
+        e["params"]
+        for e in read_ledger(run_path)
+        if e["event"] == "proposed" and e["trial"] == trial_id
+    )
+    config, trial_run = assemble(run, record, trial_id, params, has_gpu=False)
+    rows: list[dict[str, Any]] = []
+    # Its files are left alone: only the rows are compared.
+    object.__setattr__(trial_run, "folder", None)
+    run_trial(config, trial_run, rows.append)
+    return [{k: v for k, v in r.items() if k not in (*TIMINGS, "applied")} for r in rows]
+
+
+def wait_for(run: Path, is_enough: Callable[[list[dict[str, Any]]], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if (run / "ledger.jsonl").exists():
+            lines = (run / "ledger.jsonl").read_text().splitlines(keepends=True)
+            if is_enough([json.loads(line) for line in lines if line.endswith("\n")]):
+                return
+        time.sleep(0.05)
+    raise AssertionError(f"{run} did not get there in {seconds} s")
+
+
+def processes_of(marker: Path) -> list[str]:
+    """Return the processes that were started from this folder, or that work below it."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(
+                "PWD_MARKER"
+            ) == str(marker):
+                found.append(f"{process.pid} {' '.join(process.cmdline())[:80]}")
+        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            continue
+    return found
+
+
+def test_a_sweep_runs_every_trial_once_and_says_what_it_found(
+    finished_sweep: dict[str, Any],
+) -> None:
+    assert finished_sweep["code"] == 0, finished_sweep["err"]
+    events = read_ledger(finished_sweep["run"])
+    proposed = [e["trial"] for e in events if e["event"] == "proposed"]
+    assert proposed == [f"t{i:04d}" for i in range(1, 9)]
+    ends = ends_of(events)
+    assert sorted(ends) == proposed
+    assert set(ends.values()) <= {"finished", "stopped"}
+    out = finished_sweep["out"]
+    scores = [r["val/accuracy"] for rows in rows_of(events).values() for r in rows]
+    assert re.search(rf"best      t\d{{4}}: val/accuracy {max(scores):.4f}", out)
+    assert "gain      " in out
+    assert "tensorboard --logdir runs/done/trials" in out
+
+
+def test_recipes_come_first_and_run_in_full(finished_sweep: dict[str, Any]) -> None:
+    events = read_ledger(finished_sweep["run"])
+    origins = {e["trial"]: e["origin"] for e in events if e["event"] == "proposed"}
+    assert [t for t, origin in origins.items() if origin == "recipe"] == ["t0001", "t0002"]
+    assert ends_of(events)["t0001"] == ends_of(events)["t0002"] == "finished"
+    assert len(rows_of(events)["t0001"]) == len(rows_of(events)["t0002"]) == 4
+
+
+def test_ray_prints_nothing_and_leaves_no_files_in_the_run(finished_sweep: dict[str, Any]) -> None:
+    assert "ray" not in finished_sweep["err"].lower()
+    assert "Tune Status" not in finished_sweep["out"]
+    files = {p.name for p in finished_sweep["run"].rglob("*") if p.is_file()}
+    assert not files & {"result.json", "progress.csv", "params.pkl", "tuner.pkl"}
+    for folder in (finished_sweep["run"] / "trials").iterdir():
+        assert len(list(folder.glob("events.out.tfevents.*"))) == 1
+
+
+def test_trials_share_processes_and_yet_are_what_they_are_alone(
+    finished_sweep: dict[str, Any],
+) -> None:
+    run = finished_sweep["run"]
+    logs = {p.parent.name: p.read_text() for p in run.glob("trials/*/log.txt")}
+    process = {t: re.findall(r"process (\d+) trains", text)[0] for t, text in logs.items()}
+    assert len(logs) == 8
+    assert len(set(process.values())) <= 2
+    events = read_ledger(run)
+    finished = [t for t, state in ends_of(events).items() if state == "finished"]
+    later = [t for t in finished if Counter(process.values())[process[t]] > 1][-2:]
+    for trial_id in later:
+        assert trained_alone(run, trial_id) == rows_of(events)[trial_id]
+
+
+def test_a_sweep_killed_half_way_and_resumed_has_every_trial_once(
+    tuneapp: Start, small_space: Path, photos: Path, tmp_path: Path
+) -> None:
+    words = ["sweep", small_space, "--data", photos, "--trials", 5, "--name", "killed"]
+    process = tuneapp(*words, "--concurrent", 2, cwd=tmp_path)
+    run = tmp_path / "runs" / "killed"
+    # Some trials have ended, and at least one is in the middle.
+    wait_for(
+        run,
+        lambda events: (
+            len(ends_of(events)) >= 2
+            and any(
+                len(r) in (1, 2, 3) and t not in ends_of(events) for t, r in rows_of(events).items()
+            )
+        ),
+        seconds=120,
+    )
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = read_ledger(run)
+    unfinished = [e["trial"] for e in before if e["event"] == "proposed"][len(ends_of(before)) :]
+    assert unfinished, "the kill came too late to prove anything"
+
+    # At once: trial processes of the dead sweep may still be writing.
+    again = tuneapp("resume", run, cwd=tmp_path)
+    _, err = again.communicate(timeout=170)
+    assert again.returncode == 0, err
+    after = read_ledger(run)
+    assert after[: len(before)] == before
+    assert [e["trial"] for e in after if e["event"] == "proposed"] == [
+        f"t{i:04d}" for i in range(1, 6)
+    ]
+    assert Counter(e["trial"] for e in after if e["event"] == "ended") == Counter(
+        f"t{i:04d}" for i in range(1, 6)
+    )
+    for trial_id, rows in rows_of(after).items():
+        assert [r["epoch"] for r in rows] == list(range(1, len(rows) + 1))
+        if trial_id in unfinished:  # interrupted, and yet what it would have been
+            assert rows == trained_alone(run, trial_id)[: len(rows)]
+
+    idle = tuneapp("resume", run, cwd=tmp_path)
+    idle.communicate(timeout=60)
+    assert idle.returncode == 0
+    assert read_ledger(run) == after
+
+
+def test_ctrl_c_ends_a_sweep_tidily_and_says_how_to_go_on(
+    tuneapp: Start, small_space: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PWD_MARKER", str(tmp_path))  # inherited by every process of the sweep
+    words = ["sweep", small_space, "--data", photos, "--trials", 20, "--name", "stopped"]
+    process = tuneapp(*words, cwd=tmp_path)
+    run = tmp_path / "runs" / "stopped"
+    wait_for(run, lambda events: len(rows_of(events)) >= 1, seconds=120)
+    assert len(processes_of(tmp_path)) > 3  # the search finds what it must not find later
+    # As a terminal does it: to the whole group.
+    os.killpg(process.pid, signal.SIGINT)
+    pressed = time.monotonic()
+    out, err = process.communicate(timeout=60)
+    assert time.monotonic() - pressed < 30
+    assert process.returncode == 130
+    assert "resume    python -m tuneapp resume runs/stopped" in out
+    assert "Traceback" not in err
+    deadline = time.monotonic() + 10
+    while processes_of(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert processes_of(tmp_path) == []
+    assert set(ends_of(read_ledger(run)).values()) <= {"finished", "stopped"}
+
+
+FAULTY = (
+    SMALL_SPACE.replace(
+        "FIRST_TRIALS = [",
+        """FIRST_TRIALS = [
+    {"freeze_depth": 5, "optimizer": "adamw", "adamw.lr": 1e-2, "fault": "none"},
+    {"freeze_depth": 5, "optimizer": "sgd", "sgd.lr": 1e-2, "fault": "diverges"},
+    {"freeze_depth": 5, "optimizer": "sgd", "sgd.lr": 1e-2, "fault": "raises"},
+    {"freeze_depth": 5, "optimizer": "sgd", "sgd.lr": 1e-2, "fault": "dies"},
+]
+_ = [""",
+    )
+    .replace(
+        "    return TrialConfig(",
+        """    fault = trial.suggest_categorical("fault", ["none", "diverges", "raises", "dies"])
+    if fault == "diverges":
+        optimizer = Sgd(lr=1e38)
+    if "default_worker" in sys.argv[0]:  # in a trial's process only: the space itself is fine
+        if fault == "raises":
+            raise RuntimeError("a bug in the space")
+        if fault == "dies":
+            os.kill(os.getpid(), 9)
+    return TrialConfig(""",
+    )
+    .replace("from optuna import Trial", "import os\nimport sys\n\nfrom optuna import Trial")
+)
+
+
+def test_a_trial_that_fails_says_why_and_the_others_go_on(
+    tuneapp: Start, photos: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    words = ["sweep", "faulty.py", "--data", photos, "--trials", 4, "--concurrent", 1]
+    process = tuneapp(*words, cwd=tmp_path)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 3, err
+    run = tmp_path / "runs" / "faulty-001"
+    events = read_ledger(run)
+    assert ends_of(events) == {
+        "t0001": "finished",
+        "t0002": "diverged",
+        "t0003": "failed",
+        "t0004": "failed",
+    }
+    causes = {e["trial"]: e["cause"] for e in events if e["event"] == "ended"}
+    assert re.fullmatch(r"loss became (nan|inf) in epoch \d, step \d+", causes["t0002"])
+    assert "a bug in the space" in causes["t0003"]
+    assert (
+        "faulty.py" in (run / "trials/t0003/error.txt").read_text() or "space.py" in causes["t0003"]
+    )
+    assert "process died" in causes["t0004"]
+    assert "t0003 failed" in out
+    assert "Traceback" not in err
+
+
+def test_the_same_failure_in_the_first_three_trials_ends_the_sweep(
+    tuneapp: Start, photos: Path, tmp_path: Path
+) -> None:
+    text = FAULTY.replace('if fault == "raises":', 'if fault != "never":')
+    (tmp_path / "broken.py").write_text(text)
+    words = ["sweep", "broken.py", "--data", photos, "--trials", 12, "--concurrent", 1]
+    process = tuneapp(*words, cwd=tmp_path)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 4
+    assert "all of its first trials failed" in err
+    assert len(ends_of(read_ledger(tmp_path / "runs" / "broken-001"))) < 6
+
+
+def test_a_time_budget_ends_the_sweep_and_leaves_the_rest_to_resume(
+    tuneapp: Start, small_space: Path, photos: Path, tmp_path: Path
+) -> None:
+    words = ["sweep", small_space, "--data", photos, "--trials", 500, "--time-budget", "10s"]
+    process = tuneapp(*words, "--runs-dir", "elsewhere", cwd=tmp_path)
+    out, err = process.communicate(timeout=120)
+    found_something = "best      t00" in out  # not so on a machine that is slow to start
+    assert process.returncode == (0 if found_something else 4), err
+    assert "trial(s) to go (the time budget is used up)" in out
+    assert "resume    python -m tuneapp resume elsewhere/small-001" in out
+
+
+def test_what_the_machine_cannot_give_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(4)))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    settings = RunSettings()
+    assert share_machine(settings, None) == (4, 1, 0.0)
+    assert share_machine(settings, 2) == (2, 2, 0.0)
+    assert share_machine(settings, 3) == (3, 1, 0.0)
+    with pytest.raises(ConfigError, match="--concurrent 5: .* 4 CPU cores; use 1 to 4"):
+        share_machine(settings, 5)
+    with pytest.raises(ConfigError, match="--concurrent 0"):
+        share_machine(settings, 0)
+    with pytest.raises(ConfigError, match="no GPU"):
+        share_machine(RunSettings(device="cuda"), None)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert share_machine(settings, None) == (2, 2, 1.0)
+    assert share_machine(settings, 4) == (4, 1, 0.5)
+    assert share_machine(settings, 1) == (1, 4, 1.0)
+    assert share_machine(RunSettings(device="cpu"), None) == (4, 1, 0.0)

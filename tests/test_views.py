@@ -1,0 +1,284 @@
+from collections import Counter
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tuneapp.config import AUGMENTS, Augment
+from tuneapp.data.store import Preprocessing
+from tuneapp.data.views import (
+    Batch,
+    Batches,
+    epoch_order,
+    evaluation_view,
+    training_view,
+    view_seeds,
+)
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.5)
+SMALL = Preprocessing(40, 32, "bilinear", MEAN, STD)
+TRAIN = [0, 1, 3, 4, 5, 7, 8, 9, 10]
+VAL = [2, 6, 11]
+
+
+def noisy(index: int, height: int = 40, width: int = 48) -> Tensor:
+    pixels = np.random.default_rng(index).integers(0, 256, (3, height, width), dtype=np.uint8)
+    return torch.from_numpy(pixels)
+
+
+def store_of(*, same_image: bool = False) -> SimpleNamespace:
+    """Twelve images in memory, whose labels are their indices."""
+    return SimpleNamespace(
+        labels=torch.arange(len(TRAIN) + len(VAL)),
+        indices=lambda split: np.array({"train": TRAIN, "val": VAL}[split]),
+        image=lambda index: noisy(0 if same_image else index),
+    )
+
+
+def batches_of(
+    *,
+    batch_size: int = 4,
+    seed: int | None = 0,
+    split: str = "train",
+    augment: Augment = "standard",
+    same_image: bool = False,
+) -> Batches:
+    view = evaluation_view(SMALL) if seed is None else training_view(augment, SMALL)
+    return Batches(
+        store_of(same_image=same_image),
+        split,
+        view=view,
+        preprocessing=SMALL,
+        batch_size=batch_size,
+        device=torch.device("cpu"),
+        shuffle_seed=seed,
+    )
+
+
+def by_index(batches: Iterator[Batch]) -> dict[int, Tensor]:
+    return {
+        int(label): image
+        for images, labels in batches
+        for image, label in zip(images, labels, strict=True)
+    }
+
+
+def are_equal(a: dict[int, Tensor], b: dict[int, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[i], b[i]) for i in a)
+
+
+# --- Keyed draws ----------------------------------------------------------------------------------
+
+
+def test_the_view_of_an_example_is_the_one_that_its_own_seed_draws() -> None:
+    got = by_index(batches_of(seed=7).epoch(3))
+    seeds = view_seeds(7, 3, 12)
+    view = training_view("standard", SMALL)
+    for index in TRAIN:
+        torch.manual_seed(int(seeds[index]))
+        drawn = view(noisy(index)).double() / 255
+        wanted = (drawn - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+        assert torch.allclose(got[index].double(), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 100])
+def test_the_batch_size_changes_no_view(batch_size: int) -> None:
+    wanted = by_index(batches_of(batch_size=4).epoch(2))
+    assert are_equal(by_index(batches_of(batch_size=batch_size).epoch(2)), wanted)
+
+
+def test_what_was_drawn_before_changes_no_view() -> None:
+    wanted = list(batches_of().epoch(3))
+    torch.manual_seed(123)
+    torch.rand(10)
+    batches = batches_of()
+    for epoch in (1, 5):
+        list(batches.epoch(epoch))
+    next(batches.epoch(2))  # an epoch that is given up after its first batch
+    got = list(batches.epoch(3))
+    for (images, labels), (wanted_images, wanted_labels) in zip(got, wanted, strict=True):
+        assert torch.equal(images, wanted_images)
+        assert torch.equal(labels, wanted_labels)
+
+
+def test_draws_between_two_batches_change_no_view() -> None:
+    wanted = by_index(batches_of().epoch(1))
+    got = {}
+    for images, labels in batches_of().epoch(1):
+        torch.rand(7)  # as dropout does
+        got |= dict(zip(labels.tolist(), images, strict=True))
+    assert are_equal(got, wanted)
+
+
+def test_the_trainings_own_random_state_is_untouched_by_drawing_views() -> None:
+    torch.manual_seed(11)
+    state = torch.get_rng_state()
+    for _ in batches_of().epoch(1):
+        assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_epochs_seeds_and_examples_have_views_of_their_own() -> None:
+    # With the same image everywhere, views can only differ by what they are keyed with.
+    views = [
+        image
+        for seed, epoch in ((0, 1), (0, 2), (1, 1), (1, 0))
+        for image in by_index(batches_of(seed=seed, same_image=True).epoch(epoch)).values()
+    ]
+    assert len({view.numpy().tobytes() for view in views}) == 4 * len(TRAIN)
+
+
+def test_an_example_keeps_its_seed_when_the_set_grows() -> None:
+    assert view_seeds(3, 5, 10).tolist() == view_seeds(3, 5, 10_000)[:10].tolist()
+
+
+def test_view_seeds_are_keyed_by_seed_and_epoch() -> None:
+    keys = [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0)]
+    seeds = [seed for key in keys for seed in view_seeds(*key, 50).tolist()]
+    assert len(set(seeds)) == len(seeds)
+    assert min(seeds) >= 0
+
+
+@pytest.mark.parametrize("count", [1, 2, 17, 1000])
+def test_the_order_of_an_epoch_is_a_permutation(count: int) -> None:
+    assert sorted(epoch_order(0, 1, count).tolist()) == list(range(count))
+
+
+def test_the_order_is_keyed_by_seed_and_epoch() -> None:
+    keys = [(0, 1), (0, 2), (1, 1), (1, 2), (2, 1)]
+    assert len({tuple(epoch_order(*key, 50).tolist()) for key in keys}) == len(keys)
+    assert epoch_order(1, 2, 50).tolist() == epoch_order(1, 2, 50).tolist()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 100])
+def test_the_batch_size_does_not_change_the_order(batch_size: int) -> None:
+    def order(size: int) -> list[int]:
+        return [i for _, labels in batches_of(batch_size=size).epoch(4) for i in labels.tolist()]
+
+    assert order(batch_size) == order(4)
+    assert order(batch_size) == [TRAIN[i] for i in epoch_order(0, 4, len(TRAIN))]
+
+
+# --- Transforms -----------------------------------------------------------------------------------
+
+
+def test_without_augmentation_a_view_is_the_evaluation_view() -> None:
+    trained = by_index(batches_of(augment="none").epoch(1))
+    for index in TRAIN:
+        centre = noisy(index)[:, 4:36, 8:40].double() / 255  # 32 of 40 x 48 pixels
+        wanted = (centre - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+        assert torch.allclose(trained[index].double(), wanted, atol=1e-6)
+        assert torch.equal(evaluation_view(SMALL)(noisy(index)), noisy(index)[:, 4:36, 8:40])
+
+
+def ramp() -> Tensor:
+    """An image that says where it is: red grows to the right, green grows downwards."""
+    line = torch.arange(200, dtype=torch.uint8)
+    across, down = line.expand(200, 200), line.view(200, 1).expand(200, 200)
+    return torch.stack([across, down, torch.zeros(200, 200, dtype=torch.uint8)])
+
+
+def drawn_from_ramp(augment: Augment) -> list[Tensor]:
+    view = training_view(augment, SMALL)
+    torch.manual_seed(0)
+    return [view(ramp()).double() for _ in range(200)]
+
+
+def is_mirrored(view: Tensor) -> bool:
+    return bool(view[0, :, 0].mean() > view[0, :, -1].mean())
+
+
+def area_share(view: Tensor) -> float:
+    """Share of the ramp's area that was cropped; 32 pixel centres span 31 steps of the crop."""
+    width = float((view[0, 16, -1] - view[0, 16, 0]).abs()) * 32 / 31
+    height = float(view[1, -1, 16] - view[1, 0, 16]) * 32 / 31
+    return width * height / 200**2
+
+
+@pytest.mark.parametrize(
+    ("augment", "least", "most"), [("none", 0, 0), ("light", 0, 0), ("standard", 75, 125)]
+)
+def test_only_standard_views_are_mirrored_and_half_of_them(
+    augment: Augment, least: int, most: int
+) -> None:
+    # 75 to 125 of 200 fair coins: all but 4 in 10,000 draws, and the seed is fixed.
+    assert least <= sum(map(is_mirrored, drawn_from_ramp(augment))) <= most
+
+
+@pytest.mark.parametrize(("augment", "smallest"), [("light", 0.8), ("standard", 0.35)])
+def test_crops_cover_the_area_that_the_configuration_promises(
+    augment: Augment, smallest: float
+) -> None:
+    shares = [area_share(view) for view in drawn_from_ramp(augment)]
+    # Antialiasing and whole pixels blur the edges by a few percent.
+    assert smallest - 0.04 <= min(shares) <= smallest + 0.1
+    assert 0.9 <= max(shares) <= 1.02
+
+
+# --- Batches --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("augment", AUGMENTS)
+def test_batches_are_normalised_floats_of_the_crop_size(augment: Augment) -> None:
+    for images, labels in batches_of(augment=augment).epoch(1):
+        assert images.shape == (len(labels), 3, 32, 32)
+        assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
+        # From 0 and 1 as the mean and the deviation of each channel make them.
+        for channel in range(3):
+            low, high = -MEAN[channel] / STD[channel], (1 - MEAN[channel]) / STD[channel]
+            values = images[:, channel]
+            assert low - 1e-5 <= values.min() < low + 0.3 * (high - low)
+            assert high + 1e-5 >= values.max() > high - 0.3 * (high - low)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 8, 9, 50])
+@pytest.mark.parametrize(("split", "seed"), [("train", 0), ("train", None), ("val", None)])
+def test_each_example_comes_exactly_once(batch_size: int, split: str, seed: int | None) -> None:
+    batches = batches_of(batch_size=batch_size, split=split, seed=seed)
+    seen = [i for _, labels in batches.epoch(1) for i in labels.tolist()]
+    assert Counter(seen) == Counter(TRAIN if split == "train" else VAL)
+    assert batches.num_examples == len(seen)
+
+
+def test_evaluation_keeps_the_order_of_the_store() -> None:
+    batches = batches_of(seed=None, batch_size=2, split="val")
+    assert [labels.tolist() for _, labels in batches.epoch(1)] == [[2, 6], [11]]
+
+
+def sizes_of(count: int, batch_size: int, seed: int | None) -> list[int]:
+    store = store_of()
+    store.indices = lambda split: np.arange(count)
+    store.labels = torch.arange(count)
+    batches = Batches(
+        store,
+        "train",
+        view=evaluation_view(SMALL),
+        preprocessing=SMALL,
+        batch_size=batch_size,
+        device=torch.device("cpu"),
+        shuffle_seed=seed,
+    )
+    sizes = [len(labels) for _, labels in batches.epoch(1)]
+    assert len(batches) == len(sizes)
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "training", "evaluating"),
+    [
+        (9, 4, [4, 5], [4, 4, 1]),
+        (5, 4, [5], [4, 1]),
+        (10, 4, [4, 4, 2], [4, 4, 2]),
+        (8, 4, [4, 4], [4, 4]),
+        (3, 8, [3], [3]),
+        (1, 4, [1], [1]),
+    ],
+)
+def test_one_leftover_example_joins_the_last_batch_in_training_and_never_in_evaluation(
+    count: int, batch_size: int, training: list[int], evaluating: list[int]
+) -> None:
+    assert sizes_of(count, batch_size, seed=0) == training
+    assert sizes_of(count, batch_size, seed=None) == evaluating
