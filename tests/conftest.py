@@ -100,8 +100,8 @@ from optuna import Trial
 from tuneapp.config import AdamW, Cosine, Sgd, TrialConfig
 
 FIRST_TRIALS = [
-    {"freeze_depth": 5, "optimizer": "adamw", "adamw.lr": 1e-2},
-    {"freeze_depth": 5, "optimizer": "sgd", "sgd.lr": 1e-2},
+    {"freeze_depth": 5, "lr_ratio": 1.0, "optimizer": "adamw", "adamw.lr": 1e-2},
+    {"freeze_depth": 5, "lr_ratio": 1.0, "optimizer": "sgd", "sgd.lr": 1e-2},
 ]
 
 
@@ -118,6 +118,7 @@ def search_space(trial: Trial) -> TrialConfig:
         epochs=4,
         batch_size=8,
         freeze_depth=depth,
+        lr_ratio=trial.suggest_float("lr_ratio", 0.1, 1.0, log=True),
         optimizer=optimizer,
         schedule=Cosine(warmup_fraction=0.1),
     )

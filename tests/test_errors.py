@@ -42,10 +42,17 @@ def test_an_error_says_its_message_and_survives_pickling(name):
     assert str(error) == "what the user wrote"
 
 
-def test_a_divergence_says_where_it_happened_and_survives_pickling():
-    error = pickle.loads(pickle.dumps(Diverged(3, 17, float("inf"))))  # noqa: S301
-    assert str(error) == "loss became inf in epoch 3, step 17"
-    assert (error.epoch, error.step, error.loss) == (3, 17, float("inf"))
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (Diverged(3, 17, float("inf")), "loss became inf in epoch 3, step 17"),
+        (Diverged(1, 2, float("nan")), "loss became nan in epoch 1, step 2"),
+    ],
+)
+def test_a_divergence_says_where_it_happened_and_survives_pickling(error, said):
+    copy = pickle.loads(pickle.dumps(error))  # noqa: S301
+    assert str(copy) == str(error) == said
+    assert (copy.epoch, copy.step) == (error.epoch, error.step)
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,13 @@ def test_an_unsplit_folder_is_split_by_class(tmp_path: Path) -> None:
             assert abs(per_class[name] - size * count / total) <= 1, (split, name)
 
 
+def test_the_smallest_allowed_classes_are_in_every_split(tmp_path: Path) -> None:
+    # 15 % of 20 images would be three for five classes.
+    images = read_images(str(add_classes(tmp_path, dict.fromkeys("abcde", 4))), seed=0)
+    for split, each in (("test", 1), ("val", 1), ("train", 2)):
+        assert Counter(e.label for e in images.of(split)) == dict.fromkeys(range(5), each)
+
+
 def test_the_same_seed_splits_alike_and_another_one_differently(tmp_path: Path) -> None:
     root = str(add_classes(tmp_path, UNEVEN))
     first = read_images(root, seed=5)
@@ -352,21 +359,21 @@ def truncated_jpeg(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "spoil",
+    ("spoil", "reason"),
     [
-        truncated_jpeg,
-        lambda file: file.write_bytes(b""),
-        lambda file: file.write_text("I am not an image"),
-        lambda file: None,
+        (truncated_jpeg, "cannot be decoded: .*truncated"),
+        (lambda file: file.write_bytes(b""), "is not an image"),
+        (lambda file: file.write_text("I am not an image"), "is not an image"),
+        (lambda file: None, "cannot be decoded: .*No such file"),
     ],
     ids=["truncated", "empty", "text", "missing"],
 )
 def test_a_file_that_cannot_be_decoded_is_named(
-    spoil: Callable[[Path], object], tmp_path: Path
+    spoil: Callable[[Path], object], reason: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "spoilt.jpg"
     spoil(file)
-    with pytest.raises(DataError, match=r"spoilt\.jpg"):
+    with pytest.raises(DataError, match=rf"spoilt\.jpg {reason}"):
         ImageSet(tmp_path, ("a", "b"), ()).open(Example("spoilt.jpg", 0, "train", 1))
 
 

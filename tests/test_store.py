@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -121,13 +122,14 @@ def test_validation_pixels_are_torchvisions_own_to_the_last_bit(
         assert labels[i] == example.label
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_every_stored_image_is_the_resized_file_whatever_the_chunks(
-    twelve: ImageSet, monkeypatch: pytest.MonkeyPatch
+    interpolation: str, twelve: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store_module, "_CHUNK", 3)
-    store = open_store(twelve, SMALL)
+    store = open_store(twelve, replace(SMALL, interpolation=interpolation))
     for i, example in enumerate(twelve.of("train", "val")):
-        resized = TF.resize(twelve.open(example), [20])
+        resized = TF.resize(twelve.open(example), [20], TF.InterpolationMode(interpolation))
         assert torch.equal(store.image(i), TF.pil_to_tensor(resized)), example.path
         assert min(store.image(i).shape[1:]) == 20
 
@@ -184,21 +186,21 @@ def test_a_second_trial_decodes_nothing(twelve: ImageSet, decoded: list[str], ca
 
 
 @pytest.mark.parametrize(
-    ("other", "made_anew"),
+    ("change", "made_anew"),
     [
-        (Preprocessing(24, 16, "bilinear", SMALL.mean, SMALL.std), True),
-        (Preprocessing(20, 16, "bicubic", SMALL.mean, SMALL.std), True),
+        ({"resize_size": 24}, True),
+        ({"interpolation": "bicubic"}, True),
         # The crop and the normalisation are done after the store: all such trials share one.
-        (Preprocessing(20, 20, "bilinear", SMALL.mean, SMALL.std), False),
-        (Preprocessing(20, 16, "bilinear", (0.0, 0.0, 0.0), SMALL.std), False),
+        ({"crop_size": 20}, False),
+        ({"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}, False),
     ],
 )
 def test_only_another_resizing_makes_another_store(
-    other: Preprocessing, made_anew: bool, twelve: ImageSet, decoded: list[str]
+    change: dict[str, object], made_anew: bool, twelve: ImageSet, decoded: list[str]
 ) -> None:
     open_store(twelve, SMALL)
     decoded.clear()
-    open_store(twelve, other)
+    open_store(twelve, replace(SMALL, **change))
     assert len(decoded) == (10 if made_anew else 0)
 
 
@@ -232,7 +234,7 @@ def test_the_same_names_in_another_folder_are_another_store(
 
 
 OPEN_AT_ONCE = """
-import sys
+import os, sys
 from pathlib import Path
 from tuneapp.data.source import ImageSet, read_split
 from tuneapp.data.store import Preprocessing, open_store
@@ -241,10 +243,21 @@ decoded = []
 really_open = ImageSet.open
 ImageSet.open = lambda images, e: decoded.append(e.path) or really_open(images, e)
 images = read_split(Path(sys.argv[1]), Path(sys.argv[2]), ["even", "odd"])
-print("ready", flush=True)
-sys.stdin.readline()
-store = open_store(images, Preprocessing(20, 16, "bilinear", (0.5,) * 3, (0.25,) * 3))
-print(len(decoded), sum(int(store.image(i).sum()) for i in range(len(images.examples))))
+hold, go = os.pipe()
+children = []
+for _ in range(2):
+    pid = os.fork()
+    if pid == 0:
+        os.close(go)
+        os.read(hold, 1)  # returns for both at once, when the parent closes its end
+        store = open_store(images, Preprocessing(20, 16, "bilinear", (0.5,) * 3, (0.25,) * 3))
+        pixels = sum(int(store.image(i).sum()) for i in range(len(images.examples)))
+        os.write(1, f"{len(decoded)} {pixels}\\n".encode())
+        os._exit(0)
+    children.append(pid)
+os.close(go)
+for pid in children:
+    os.waitpid(pid, 0)
 """
 
 
@@ -256,27 +269,17 @@ def test_two_processes_at_once_decode_each_image_once(tmp_path: Path, cache: Pat
         noise((60, 60), seed=i).save(root / f"{i}.png")
         lines.append(f"{i}.png,even,train,{(root / f'{i}.png').stat().st_size}")
     (tmp_path / "split.csv").write_text("\n".join(lines) + "\n")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", OPEN_AT_ONCE, str(tmp_path / "split.csv"), str(root)],
-            cwd=Path(tuneapp.__file__).parents[1],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
-    try:
-        assert [p.stdout.readline() for p in processes] == ["ready\n"] * 2
-        for p in processes:
-            p.stdin.write("go\n")
-            p.stdin.flush()
-        answers = [p.communicate(timeout=30)[0].split() for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-            p.communicate()
-    decoded, sums = zip(*answers, strict=True)
+    # A new interpreter, so that only what is forked there is shared; its two children are what
+    # two trials of a sweep are.
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN_AT_ONCE, str(tmp_path / "split.csv"), str(root)],
+        cwd=Path(tuneapp.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    assert done.returncode == 0, done.stderr
+    decoded, sums = zip(*(line.split() for line in done.stdout.splitlines()), strict=True)
     assert sorted(map(int, decoded)) == [0, 60]
     assert sums[0] == sums[1]
     assert len(stores(cache)) == 1
@@ -303,7 +306,7 @@ def test_a_full_disk_is_told_with_the_way_out_and_nothing_is_left(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full_disk)
-        with pytest.raises(DataError, match="No space left .* TUNEAPP_CACHE"):
+        with pytest.raises(DataError, match=r"No space left .* TUNEAPP_CACHE"):
             open_store(twelve, SMALL)
     assert stores(cache) == []
     assert litter(cache) == []

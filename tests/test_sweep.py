@@ -286,7 +286,7 @@ def test_what_the_machine_cannot_give_is_refused(monkeypatch: pytest.MonkeyPatch
     assert share_machine(settings, None) == (4, 1, 0.0)
     assert share_machine(settings, 2) == (2, 2, 0.0)
     assert share_machine(settings, 3) == (3, 1, 0.0)
-    with pytest.raises(ConfigError, match="--concurrent 5: .* 4 CPU cores; use 1 to 4"):
+    with pytest.raises(ConfigError, match=r"--concurrent 5: .* 4 CPU cores; use 1 to 4"):
         share_machine(settings, 5)
     with pytest.raises(ConfigError, match="--concurrent 0"):
         share_machine(settings, 0)

@@ -39,6 +39,7 @@ class Applied:
         trainable_parameters: numbers that the optimizer changes.
         frozen_parameters: numbers that stay.
         frozen_training: names of frozen stages that are not in `eval()` mode; must be empty.
+        batch_size: examples of one optimizer step; checked against the first epoch's batches.
         device: `cpu` or `cuda`.
         precision: what the forward pass computes in.
         weights: torchvision's name, `file` or `random`.
@@ -52,6 +53,7 @@ class Applied:
     trainable_parameters: int
     frozen_parameters: int
     frozen_training: tuple[str, ...]
+    batch_size: int
     device: str
     precision: str
     weights: str
@@ -65,6 +67,7 @@ def read_back(
     model: StagedModel,
     optimizer: Optimizer,
     schedule: LRScheduler,
+    batch_size: int,
     precision: Precision,
     weights: str,
 ) -> Applied:
@@ -87,6 +90,7 @@ def read_back(
         frozen_training=tuple(
             s.name for s in frozen if any(m.training for m in s.module.modules())
         ),
+        batch_size=batch_size,
         device=parameters[0].device.type,
         precision=str(precision.dtype).removeprefix("torch."),
         weights=weights,
@@ -116,6 +120,7 @@ def require_applied(
         "trainable_parameters": count_parameters(trained),
         "frozen_parameters": count_parameters(frozen),
         "frozen_training": (),
+        "batch_size": config.batch_size,
         "device": device.type,
     }
     got = applied.as_dict()

@@ -6,14 +6,14 @@ neither torch nor Ray.
 """
 
 import contextlib
+import functools
 import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import click
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -39,6 +39,22 @@ app = typer.Typer(
 )
 out = Console()
 err = Console(stderr=True)
+
+
+def _command(function: Callable[..., int]) -> Callable[..., int]:
+    """Make a function that returns an exit code a command; Ctrl-C is code 130."""
+
+    @functools.wraps(function)
+    def run(**options: Any) -> int:
+        try:
+            code = function(**options)
+        except KeyboardInterrupt:
+            code = 130
+        raise typer.Exit(code)
+
+    app.command()(run)
+    return function
+
 
 SpaceFile = Annotated[Path, typer.Argument(metavar="SPACE", help="A search-space file.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/x.")]
@@ -82,7 +98,7 @@ DashboardHost = Annotated[
 ]
 
 
-@app.command()
+@_command
 def sweep(
     space: SpaceFile,
     data: Data = "digits",
@@ -135,7 +151,7 @@ def sweep(
     return _finish_sweep(outcome)
 
 
-@app.command()
+@_command
 def resume(
     run: RunPath,
     dashboard: Annotated[
@@ -160,7 +176,7 @@ def resume(
     return _finish_sweep(outcome)
 
 
-@app.command()
+@_command
 def train(
     space: Annotated[
         Path | None,
@@ -220,7 +236,7 @@ def train(
     return _finish_training(run)
 
 
-@app.command()
+@_command
 def show(space: SpaceFile) -> int:
     """Show what SPACE searches: its parameters, their ranges and conditions, its recipes."""
     from rich.table import Table
@@ -245,7 +261,7 @@ def show(space: SpaceFile) -> int:
     return 0
 
 
-@app.command()
+@_command
 def summary(
     run: RunPath,
     applied: Annotated[
@@ -268,29 +284,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_LogToStderr()])
     try:
-        command = typer.main.get_command(app)
-        code = command.main(
-            args=None if argv is None else list(argv),
-            prog_name="python -m tuneapp",
-            standalone_mode=False,
-        )
-        return code if isinstance(code, int) else 0
-    except click.exceptions.ClickException as error:
-        error.show()
-        return error.exit_code
+        app(args=None if argv is None else list(argv), prog_name="python -m tuneapp")
+    except SystemExit as end:  # how typer returns, from a wrong flag and from a command alike
+        return end.code if isinstance(end.code, int) else 0
     except TuneappError as error:
-        err.print(
-            f"tuneapp: error: {error}", style="red", highlight=False, markup=False, soft_wrap=True
-        )
+        words = f"tuneapp: error: {error}"
+        err.print(words, style="red", highlight=False, markup=False, soft_wrap=True)
         return 2
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        return 130
+    return 0
 
 
 # --- What the commands share ----------------------------------------------------------------------
 
 
 class _LogToStderr(logging.Handler):
+    """Shows warnings; a trial's log.txt has the rest."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+
     def emit(self, record: logging.LogRecord) -> None:
         err.print(
             self.format(record), style="yellow", highlight=False, markup=False, soft_wrap=True

@@ -115,7 +115,9 @@ def run_trial(
     optimizer = build_optimizer(model, config)
     schedule = build_schedule(optimizer, config, steps_per_epoch=len(train_batches))
     scaler = precision.scaler()
-    applied = read_back(model, optimizer, schedule, precision, run.weights_name)
+    applied = read_back(
+        model, optimizer, schedule, train_batches.batch_size, precision, run.weights_name
+    )
     require_applied(applied, config, model, device, warmup_steps(config, len(train_batches)))
     log.info("process %d trains with %s", os.getpid(), applied)
 

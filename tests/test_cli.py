@@ -1,0 +1,242 @@
+"""The command line as a user meets it: exit codes, one-line errors, and the same numbers again."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import SMALL_SPACE, read_ledger
+from tuneapp.cli import main
+
+Start = Callable[..., subprocess.Popen[str]]
+ROOT = Path(__file__).parent.parent
+RESNET = ROOT / "search_spaces" / "resnet.py"
+TIMINGS = ("train/images_per_s", "train/data_wait")
+
+
+def rows_of(run: Path, trial: str) -> list[dict[str, Any]]:
+    return [
+        {k: v for k, v in e["row"].items() if k not in TIMINGS}
+        for e in read_ledger(run)
+        if e["event"] == "epoch" and e["trial"] == trial
+    ]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["sweep", "--help"], ["show", str(RESNET)]])
+def test_help_and_show_import_neither_torch_nor_ray_nor_pandas(words: list[str]) -> None:
+    code = (
+        f"import sys; from tuneapp.cli import main; main({words!r}); "
+        "print({'torch', 'ray', 'pandas', 'torchvision'} & set(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "set()"
+    assert done.stdout
+
+
+def test_every_command_and_option_has_a_help_text(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("sweep", "resume", "train", "show", "summary"):
+        assert main([command, "--help"]) == 0
+        text = capsys.readouterr().out
+        options = re.findall(r"^  (?:-\w, )?(--[\w-]+)", text, flags=re.MULTILINE)
+        assert options
+        for option in options:
+            after = text.split(option, 1)[1][:200]
+            assert re.search(r"[A-Z][a-z]+|auto:|default", after), (command, option)
+
+
+def test_show_names_ranges_conditions_and_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", str(RESNET)]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"sgd\.lr +0\.001 to 0\.1, log +optimizer = sgd", text)
+    assert re.search(r"freeze_depth +0 to 5, whole", text)
+    assert "  1  freeze_depth=5" in text
+
+
+BAD_INPUT = [
+    (["show", "search_spaces/resent.py"], ["resent.py", "no such search-space file"]),
+    (["sweep", "nothing.py"], ["nothing.py", "no such search-space file"]),
+    (["sweep", "SPACE", "--trials", "0"], ["--trials 0", "at least 1"]),
+    (["sweep", "SPACE", "--epochs", "0"], ["epochs", ">= 1", "got 0"]),
+    (["sweep", "SPACE", "--time-budget", "soon"], ["--time-budget soon", "30m"]),
+    (["sweep", "SPACE", "--concurrent", "99999"], ["--concurrent 99999", "CPU cores"]),
+    (["sweep", "SPACE", "--data", "no/such/folder"], ["no/such/folder", "no such folder"]),
+    (["sweep", "SPACE", "--name", "../outside"], ["../outside", "not allowed"]),
+    (["sweep", "SPACE", "--image-size", "3"], ["image_size", ">= 16", "got 3"]),
+    (["sweep", "SPACE", "--device", "cuda"], ["--device cuda", "no GPU"]),
+    (["train", "SPACE", "--set", "lr_ration=0.5"], ["lr_ration", "did you mean 'lr_ratio'?"]),
+    (["train", "SPACE", "--set", "lr_ratio=7"], ["lr_ratio=7", "0.1 to 1, log"]),
+    (["train", "SPACE", "--set", "optimizer=adagrad"], ["optimizer=adagrad", "adamw | sgd"]),
+    (["train", "SPACE", "--set", "freeze_depth"], ["--set freeze_depth", "NAME=VALUE"]),
+    (["train", "SPACE", "--set", "optimizer=sgd"], ["no value for 'sgd.lr'", "--set sgd.lr="]),
+    (["train"], ["SPACE or --from RUN"]),
+    (["train", "--from", "nowhere"], ["nowhere", "not a run directory"]),
+    (["resume", "nowhere"], ["nowhere", "not a run directory"]),
+    (["summary", "nowhere"], ["nowhere", "not a run directory"]),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), BAD_INPUT, ids=lambda v: " ".join(v)[:40])
+def test_bad_input_gets_one_line_and_leaves_nothing(
+    words: list[str],
+    said: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "space.py").write_text(SMALL_SPACE.replace("1e-4, 1e-1, log=True", "1e-4, 1e-1"))
+    words = ["space.py" if w == "SPACE" else w for w in words]
+    if "cuda" in words:
+        monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("tuneapp: error: ")
+    for text in said:
+        assert text in error
+    assert {p.name for p in tmp_path.iterdir()} <= {"space.py", "runs"}
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_wrong_flag_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", str(RESNET), "--trails", "3"]) == 2
+    assert "--trails" in capsys.readouterr().err
+
+
+def test_a_branch_that_cannot_be_is_refused_before_any_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = SMALL_SPACE.replace('"freeze_depth", 4, 5', '"freeze_depth", 4, 6')
+    (tmp_path / "deep.py").write_text(text.replace('"resnet18"', '"resnet81"'))
+    assert main(["sweep", "deep.py"]) == 2
+    assert "model 'resnet81' is unknown; did you mean 'resnet18'?" in capsys.readouterr().err
+    (tmp_path / "deep.py").write_text(text)
+    assert main(["sweep", "deep.py"]) == 2
+    assert "freeze_depth 6 is too deep for resnet18: 0 to 5" in capsys.readouterr().err
+
+
+def test_train_sets_values_and_reports_what_it_applied(
+    photos: Path,
+    small_space: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["train", str(small_space), "--data", str(photos), "--epochs", "2"]
+    values = ["--set", "optimizer=sgd", "--set", "sgd.lr=0.02"]
+    assert main([*words, *values]) == 0
+    out = capsys.readouterr().out
+    assert "runs/small-train-001" in out
+    assert re.search(r"applied   t0001: lr/head=0\.02 .*optimizer=SGD .*device=cpu", out)
+    events = read_ledger(tmp_path / "runs/small-train-001")
+    (applied,) = [e["applied"] for e in events if e["event"] == "applied"]
+    assert applied["lr"] == {"head": 0.02}
+    assert applied["trainable_parameters"] == 512 * 3 + 3
+    assert applied["batch_size"] == 8
+
+
+@pytest.mark.timeout(120)
+def test_a_killed_training_goes_on_to_the_same_numbers(
+    tuneapp: Start, photos: Path, tmp_path: Path
+) -> None:
+    # Long enough to be killed in the middle.
+    text = SMALL_SPACE.replace("epochs=4", "epochs=6")
+    (tmp_path / "long.py").write_text(text)
+    words = ["train", "long.py", "--data", photos, "--set", "freeze_depth=4"]
+    whole = tuneapp(*words, "--name", "whole", cwd=tmp_path)
+    _, err = whole.communicate(timeout=60)
+    assert whole.returncode == 0, err
+
+    killed = tuneapp(*words, "--name", "killed", cwd=tmp_path)
+    run = tmp_path / "runs" / "killed"
+    deadline = time.monotonic() + 50
+    while time.monotonic() < deadline:
+        if (run / "trials/t0001/checkpoints/manifest.json").exists():
+            break
+        time.sleep(0.01)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    done = len(rows_of(run, "t0001"))
+    assert done < 6, "the kill came too late to prove anything"
+    again = tuneapp("resume", run, cwd=tmp_path)
+    _, err = again.communicate(timeout=60)
+    assert again.returncode == 0, err
+    assert rows_of(run, "t0001") == rows_of(tmp_path / "runs" / "whole", "t0001")
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+def test_train_from_a_run_gives_the_trial_s_numbers_again(
+    finished_sweep: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = finished_sweep["run"]
+    best = re.search(r"best      (t\d{4})", finished_sweep["out"])
+    assert best is not None
+    for asked, trial in (("best", best[1]), ("t0002", "t0002")):
+        assert main(["train", "--from", str(run), "--trial", asked, "--name", asked]) == 0
+        again = rows_of(tmp_path / "runs" / asked, "t0001")
+        theirs = rows_of(run, trial)
+        assert again[: len(theirs)] == theirs
+    capsys.readouterr()
+    assert main(["train", "--from", str(run), "--trial", "t0099"]) == 2
+    assert "--trial t0099" in capsys.readouterr().err
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+def test_summary_shows_the_trials_and_what_was_applied(
+    finished_sweep: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["summary", str(finished_sweep["run"]), "--applied"]) == 0
+    out = capsys.readouterr().out
+    assert len(re.findall(r"^t\d{4} ", out, flags=re.MULTILINE)) == 8
+    assert len(re.findall(r"^applied   t\d{4}: lr/", out, flags=re.MULTILINE)) == 8
+    assert (finished_sweep["run"] / "trials.csv").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+def test_a_taken_name_and_a_run_in_use_are_refused(
+    finished_sweep: dict[str, Any],
+    small_space: Path,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = finished_sweep["run"]
+    monkeypatch.chdir(run.parent.parent)
+    before = (run / "ledger.jsonl").read_bytes()
+    words = ["train", str(small_space), "--data", str(photos), "--name", "done"]
+    assert main(words) == 2
+    assert "python -m tuneapp resume" in capsys.readouterr().err
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, time; from pathlib import Path; from tuneapp.rundir import RunDir; "
+            "lock = RunDir(Path(sys.argv[1])).lock(); print('held', flush=True); time.sleep(60)",
+            str(run),
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    assert main(["resume", str(run)]) == 2
+    assert "is in use" in capsys.readouterr().err
+    holder.kill()
+    holder.communicate()
+    assert (run / "ledger.jsonl").read_bytes() == before

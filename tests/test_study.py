@@ -1,0 +1,588 @@
+import json
+import math
+import random
+
+import pytest
+from optuna.trial import TrialState
+
+from tuneapp.config import RunSettings
+from tuneapp.errors import SpaceError
+from tuneapp.ledger import Ledger, read_events
+from tuneapp.records import TrialRecord, best_record, read_records, trials_wanted
+from tuneapp.space import SearchSpace
+from tuneapp.study import SAME_BUG_LIMIT, Study, parameter_importances
+
+CONDITIONAL = """
+from tuneapp.config import AdamW, Sgd, TrialConfig
+
+
+def search_space(trial):
+    depth = trial.suggest_int("freeze_depth", 0, 5)
+    if trial.suggest_categorical("optimizer", ["adamw", "sgd"]) == "adamw":
+        optimizer = AdamW(lr=trial.suggest_float("adamw.lr", 1e-4, 1e-1, log=True))
+    else:
+        optimizer = Sgd(lr=trial.suggest_float("sgd.lr", 1e-3, 1e-1, log=True))
+    return TrialConfig(model="resnet18", freeze_depth=depth, optimizer=optimizer, epochs=3)
+"""
+FLAT = """
+from tuneapp.config import AdamW, TrialConfig
+
+
+def search_space(trial):
+    return TrialConfig(
+        model="resnet18",
+        freeze_depth=trial.suggest_int("freeze_depth", 0, 5),
+        lr_ratio=trial.suggest_float("lr_ratio", 0.1, 1.0, log=True),
+        optimizer=AdamW(lr=trial.suggest_float("lr", 1e-4, 1e-1, log=True)),
+        batch_size=trial.suggest_categorical("batch_size", [16, 32, 64]),
+        epochs=3,
+    )
+"""
+CORNER = """
+from tuneapp.config import AdamW, TrialConfig
+
+
+def search_space(trial):
+    lr = trial.suggest_float("lr", 0.0, 1.0)
+    assert not 0.4 < lr < 0.6, "the middle is forbidden"  # the probe sees the ends only
+    return TrialConfig(model="resnet18", optimizer=AdamW(lr=lr + 1e-9), epochs=3)
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    # That events reach the disk is tested with the ledger; here thousands are written.
+    monkeypatch.setattr("os.fsync", lambda handle: None)
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Return a maker of studies over a ledger of the given name, each time from the file."""
+    ledgers = []
+
+    def open_study(text=CONDITIONAL, first=(), settings=None, name="ledger", **more):
+        # The last process is gone: its handle is, too.
+        for ledger in ledgers:
+            ledger.close()
+        ledgers[:] = [Ledger(tmp_path / f"{name}.jsonl")]
+        space = SearchSpace(text, tmp_path / "space.py")
+        return Study(space, ledgers[0], settings or RunSettings(), list(first), **more)
+
+    yield open_study
+    for ledger in ledgers:
+        ledger.close()
+
+
+@pytest.fixture
+def events(tmp_path):
+    return lambda name="ledger": read_events(tmp_path / f"{name}.jsonl")
+
+
+def row(epoch, accuracy, loss=None):
+    return {
+        "epoch": epoch,
+        "train/loss": 2.0 / epoch,
+        "val/loss": 1.0 - accuracy if loss is None else loss,
+        "val/accuracy": accuracy,
+        "applied": {"lr": {"head": 0.1}},
+    }
+
+
+def frozen(study):
+    return [
+        (
+            t.number,
+            dict(t.params),
+            dict(t.distributions),
+            t.state,
+            # Of a stopped trial, its epochs tell the sampler everything.
+            None if t.state is TrialState.PRUNED else t.values,
+            dict(t.intermediate_values),  # the live study goes on filling its own
+            t.user_attrs["trial_id"],
+        )
+        for t in study.frozen_trials()
+    ]
+
+
+def quality(params):
+    """Return a made-up accuracy in (0, 1) that depends on every value."""
+    spread = sum((i + 1) * hash_of(k, v) for i, (k, v) in enumerate(sorted(params.items())))
+    return 0.1 + 0.8 * (spread % 1.0)
+
+
+def hash_of(name, value):
+    # Python's own hash of a text differs between processes.
+    number = float(value) if isinstance(value, int | float) else float(sum(value.encode()))
+    return math.sin(number * 12.9898 + len(name)) * 43.7585
+
+
+def train(study, proposal):
+    """Run a made-up trial to its end; every kind of end comes up."""
+    trial_id, number = proposal.trial_id, int(proposal.trial_id[1:])
+    for epoch in (1, 2, 3):
+        study.record_epoch(trial_id, row(epoch, quality(proposal.params) * (1 + epoch) / 4))
+        if number % 5 == 3:
+            return study.end(trial_id, "stopped", "not in the better third")
+        if number % 7 == 5:
+            return study.end(trial_id, "diverged", "loss became nan")
+        if number % 7 == 6 and epoch == 2:
+            return study.end(trial_id, "failed", f"no. {number} broke")
+    return study.complete(trial_id)
+
+
+def work_off(study):
+    proposals = []
+    while (proposal := study.propose()) is not None:
+        proposals.append(proposal)
+        train(study, proposal)
+    return proposals
+
+
+# --- Proposing -----------------------------------------------------------------------------------
+
+
+def test_recipes_come_first_in_their_order_and_lacking_values_are_filled_in(opened, tmp_path):
+    recipes = [
+        {"freeze_depth": 4, "optimizer": "sgd", "sgd.lr": 0.012345678901234567},
+        {"optimizer": "adamw"},
+        {"freeze_depth": 5},
+    ]
+    study = opened(first=[(params, "recipe") for params in recipes])
+    study.want(6)
+    proposals = work_off(study)
+    assert [p.trial_id for p in proposals] == ["t0001", "t0002", "t0003", "t0004", "t0005", "t0006"]
+    assert proposals[0].params == recipes[0]
+    for proposal, recipe in zip(proposals, recipes, strict=False):
+        assert {name: proposal.params[name] for name in recipe} == recipe
+    for proposal in proposals:  # complete: the space takes it as it is
+        assert study.records[proposal.trial_id].params == proposal.params
+        SearchSpace(CONDITIONAL, tmp_path / "space.py").replay(proposal.params)
+    origins = [record.origin for record in study.records.values()]
+    assert origins == ["recipe"] * 3 + ["search"] * 3
+
+
+def test_a_value_that_the_user_set_keeps_its_origin(opened):
+    study = opened(first=[({"freeze_depth": 1}, "set")])
+    study.want(1)
+    study.propose()
+    assert study.records["t0001"].origin == "set"
+
+
+@pytest.mark.parametrize("wanted", [0, 1, 2, 5])
+def test_as_many_trials_are_proposed_as_are_wanted(opened, wanted):
+    study = opened(first=[({"freeze_depth": 1}, "recipe"), ({"freeze_depth": 2}, "recipe")])
+    study.want(wanted)
+    assert study.remaining == study.wanted == wanted
+    proposals = [study.propose() for _ in range(wanted)]
+    assert len({p.trial_id for p in proposals}) == wanted
+    assert study.propose() is None
+    assert study.remaining == wanted
+    for number, proposal in enumerate(proposals, start=1):
+        study.end(proposal.trial_id, "failed", "no matter")
+        assert study.remaining == wanted - number
+    assert study.propose() is None
+
+
+def test_without_a_wish_nothing_is_proposed(opened):
+    study = opened()
+    assert study.propose() is None
+    assert study.remaining == 0
+
+
+def test_a_study_that_was_worked_off_can_be_extended(opened):
+    study = opened()
+    study.want(2)
+    work_off(study)
+    study.want(3)
+    assert study.remaining == 1
+    assert [p.trial_id for p in work_off(study)] == ["t0003"]
+    assert trials_wanted(study._ledger.events) == 3
+
+
+def test_the_epochs_of_a_proposal_are_under_the_ceiling_of_the_run(opened):
+    for ceiling, epochs in ((None, 3), (2, 2), (9, 3)):
+        study = opened(settings=RunSettings(max_epochs=ceiling), name=f"ceiling-{ceiling}")
+        study.want(1)
+        study.propose()
+        assert study.records["t0001"].epochs == epochs
+
+
+def test_suggestions_are_those_of_the_seed(opened):
+    def suggested(seed, name):
+        study = opened(settings=RunSettings(seed=seed), name=name)
+        study.want(15)  # the last ones are modelled on the first ten
+        return [p.params for p in work_off(study)]
+
+    first = suggested(1, "a")
+    assert suggested(1, "b") == first
+    other = suggested(2, "c")
+    assert not any(params in first for params in other)
+    assert len({json.dumps(params) for params in first}) == 15
+
+
+def test_the_sampler_learns_from_what_it_is_told(opened):
+    # Random search has every second trial on either side; a model soon knows the better one.
+    study = opened()
+    study.want(40)
+    proposals = []
+    while (proposal := study.propose()) is not None:
+        proposals.append(proposal)
+        good = proposal.params["optimizer"] == "sgd"
+        for epoch in (1, 2, 3):
+            study.record_epoch(proposal.trial_id, row(epoch, 0.9 if good else 0.1))
+        study.complete(proposal.trial_id)
+    later = [p.params["optimizer"] for p in proposals[20:]]
+    assert later.count("sgd") >= 15
+
+
+def test_a_corner_that_the_probe_missed_fails_alone_and_the_study_goes_on(opened):
+    study = opened(CORNER, first=[({"lr": 0.5}, "recipe"), ({"lr": 0.1}, "recipe")])
+    study.want(2)
+    assert study.propose().trial_id == "t0002"
+    assert study.propose() is None
+    record = study.records["t0001"]
+    assert (record.state, record.params) == ("failed", {"lr": 0.5})
+    assert "space.py:7: AssertionError: the middle is forbidden" in record.cause
+    again = opened(CORNER)
+    assert again.records == study.records
+    assert [t.state for t in again.frozen_trials()] == [TrialState.FAIL, TrialState.RUNNING]
+
+
+# --- Epochs --------------------------------------------------------------------------------------
+
+
+def test_an_epoch_is_taken_once_and_in_order(opened, events):
+    study = opened()
+    study.want(1)
+    study.propose()
+    rows = [row(1, 0.3), row(2, 0.5), row(3, 0.4)]
+    assert [study.record_epoch("t0001", r) for r in rows[:2]] == [True, True]
+    before = events()
+    # A resumed trial reports its epochs from the first one again.
+    assert [study.record_epoch("t0001", r) for r in rows[:2]] == [False, False]
+    assert events() == before
+    assert study.record_epoch("t0001", rows[2])
+    plain = [{k: v for k, v in r.items() if k != "applied"} for r in rows]
+    assert study.records["t0001"].rows == plain
+    assert [e["row"] for e in events() if e["event"] == "epoch"] == plain
+    assert [e["applied"] for e in events() if e["event"] == "applied"] == [rows[0]["applied"]]
+    assert study.frozen_trials()[0].intermediate_values == {1: 0.3, 2: 0.5, 3: 0.4}
+    study.end("t0001", "finished")
+    before = events()
+    assert not study.record_epoch("t0001", row(4, 0.9))
+    assert events() == before
+
+
+def test_a_trial_finishes_with_its_last_epoch_only(opened):
+    study = opened()
+    study.want(1)
+    study.propose()
+    for epoch in (1, 2):
+        study.record_epoch("t0001", row(epoch, 0.5))
+        study.complete("t0001")
+        assert study.records["t0001"].state == "unfinished"
+    study.record_epoch("t0001", row(3, 0.5))
+    study.complete("t0001")
+    assert study.records["t0001"].state == "finished"
+
+
+def test_every_event_is_heard_as_it_is_written(opened, events):
+    heard = []
+    study = opened(listen=lambda event: heard.append((event, len(events()))))
+    study.want(3)
+    work_off(study)
+    assert [event for event, _ in heard] == events()
+    assert [count for _, count in heard] == list(range(1, len(heard) + 1))
+    # What readers rebuild from the events is what the study holds.
+    assert read_records(events()) == study.records
+
+
+# --- Ends ----------------------------------------------------------------------------------------
+
+ACCURACIES = {"t0001": [0.5, 0.8, 0.7], "t0002": [0.4, 0.2], "t0003": [0.6], "t0004": [0.55]}
+LOSSES = {"t0001": [0.9, 0.6, 0.4], "t0002": [1.1, 1.7], "t0003": [0.8], "t0004": [1.9]}
+
+
+@pytest.mark.parametrize(
+    ("metric", "told", "best", "worst"),
+    [("val/accuracy", ACCURACIES, 0.8, 0.2), ("val/loss", LOSSES, 0.4, 1.9)],
+)
+@pytest.mark.parametrize("restarted", [False, True])
+def test_each_end_is_told_to_optuna_as_what_it_is(opened, metric, told, best, worst, restarted):
+    settings = RunSettings(metric=metric)
+    study = opened(settings=settings)
+    study.want(4)
+    for trial_id in ACCURACIES:
+        assert study.propose().trial_id == trial_id
+        values = zip(ACCURACIES[trial_id], LOSSES[trial_id], strict=True)
+        for epoch, (accuracy, loss) in enumerate(values, start=1):
+            study.record_epoch(trial_id, row(epoch, accuracy, loss))
+    study.end("t0001", "finished")
+    study.end("t0002", "stopped", "slow")
+    study.end("t0003", "diverged", "loss became nan")
+    study.end("t0004", "failed", "a bug")
+    if restarted:
+        study = opened(settings=settings)
+    finished, stopped, diverged, failed = study.frozen_trials()
+    assert (finished.state, finished.value) == (TrialState.COMPLETE, best)
+    assert stopped.state == TrialState.PRUNED
+    # As bad as the worst that anyone has shown: the search shall keep away.
+    assert (diverged.state, diverged.value) == (TrialState.COMPLETE, worst)
+    assert (failed.state, failed.values) == (TrialState.FAIL, None)
+    for trial, values in zip(study.frozen_trials(), told.values(), strict=True):
+        assert trial.intermediate_values == dict(enumerate(values, start=1))
+    states = [record.state for record in study.records.values()]
+    assert states == ["finished", "stopped", "diverged", "failed"]
+    causes = [record.cause for record in study.records.values()]
+    assert causes == ["", "slow", "loss became nan", "a bug"]
+    assert [record.told for record in study.records.values()] == [best, None, worst, None]
+    assert study.remaining == 0
+
+
+@pytest.mark.parametrize("state", ["diverged", "failed", "stopped"])
+@pytest.mark.parametrize("restarted", [False, True])
+def test_an_end_before_any_epoch_teaches_nothing(opened, state, restarted):
+    study = opened()
+    study.want(1)
+    study.propose()
+    study.end("t0001", state, "at once")
+    if restarted:
+        study = opened()
+    (trial,) = study.frozen_trials()
+    assert (trial.state, trial.values, trial.intermediate_values) == (TrialState.FAIL, None, {})
+    assert study.records["t0001"].state == state
+    assert study.propose() is None
+
+
+def test_a_trial_ends_once(opened, events):
+    study = opened()
+    study.want(1)
+    study.propose()
+    study.record_epoch("t0001", row(1, 0.5))
+    study.end("t0001", "stopped", "the first word")
+    before = events()
+    study.end("t0001", "failed", "the second word")
+    study.complete("t0001")
+    assert events() == before
+    assert study.records["t0001"].cause == "the first word"
+
+
+# --- Restarts ------------------------------------------------------------------------------------
+
+
+def test_a_study_killed_after_any_line_of_its_ledger_comes_to_the_same_end(
+    opened, events, tmp_path
+):
+    first = [({"optimizer": "sgd"}, "recipe"), ({"freeze_depth": 5}, "recipe")]
+    study = opened(first=first)
+    study.want(14)
+    work_off(study)
+    whole = (tmp_path / "ledger.jsonl").read_bytes()
+    expected_events, expected_trials = events(), frozen(study)
+    assert {r.state for r in study.records.values()} == {
+        "finished",
+        "stopped",
+        "diverged",
+        "failed",
+    }
+    lines = whole.splitlines(keepends=True)
+    for kept in range(1, len(lines)):
+        (tmp_path / "killed.jsonl").write_bytes(b"".join(lines[:kept]))
+        again = opened(first=first, name="killed")
+        work_off(again)
+        assert events("killed") == expected_events, f"killed after line {kept}"
+        assert frozen(again) == expected_trials
+    assert (tmp_path / "killed.jsonl").read_bytes() == whole
+
+
+def play(open_study, *, restarts):
+    """Run 18 trials, three at once; return what Optuna knew after each thing that happened."""
+    study = open_study()
+    running, known, turn = {}, [], 0
+
+    def after_it():
+        known.append(frozen(study))
+        if not restarts:
+            return study
+        again = open_study()
+        assert [again.propose() for _ in running] == list(running.values())
+        return again
+
+    study.want(18)
+    while True:
+        study = after_it()
+        if len(running) < 3 and (proposal := study.propose()) is not None:
+            running[proposal.trial_id] = proposal
+            continue
+        if not running:
+            return known, study.records
+        trial_id = list(running)[turn % len(running)]
+        turn += 1
+        number, done = int(trial_id[1:]), len(study.records[trial_id].rows)
+        if done == 1 and number % 5 == 3:
+            study.end(trial_id, "stopped", "slow")
+        elif done == 1 and number % 7 == 5:
+            study.end(trial_id, "diverged", "loss became nan")
+        elif done == 2 and number % 9 == 6:
+            study.end(trial_id, "failed", "a bug")
+        elif done == 3:
+            study.complete(trial_id)
+        else:
+            score = quality(running[trial_id].params) * (2 + done) / 5
+            study.record_epoch(trial_id, row(done + 1, score))
+            continue
+        del running[trial_id]
+
+
+@pytest.mark.parametrize("metric", ["val/accuracy", "val/loss"])
+def test_a_study_made_anew_after_each_event_proposes_and_knows_the_same(opened, metric):
+    settings = RunSettings(metric=metric, seed=5)
+    first = [({"batch_size": 32}, "recipe"), ({"lr_ratio": 0.5, "lr": 0.01}, "recipe")]
+    known, records = play(lambda: opened(FLAT, first, settings, "live"), restarts=False)
+    again, records_again = play(lambda: opened(FLAT, first, settings, "anew"), restarts=True)
+    assert records_again == records
+    for number, (one, other) in enumerate(zip(known, again, strict=True)):
+        assert other == one, f"after event {number}"
+    assert len(known[-1]) == 18
+    assert {trial[3] for trial in known[-1]} == {
+        TrialState.COMPLETE,
+        TrialState.PRUNED,
+        TrialState.FAIL,
+    }
+
+
+def test_unfinished_trials_go_on_first_under_their_own_ids(opened):
+    study = opened()
+    study.want(6)
+    proposals = [study.propose() for _ in range(4)]
+    for trial_id in ("t0002", "t0004"):
+        study.record_epoch(trial_id, row(1, 0.5))
+    study.end("t0003", "failed", "a bug")
+    again = opened()
+    assert again.remaining == 5
+    assert [again.propose() for _ in range(3)] == [proposals[0], proposals[1], proposals[3]]
+    assert [len(again.records[t].rows) for t in ("t0001", "t0002", "t0004")] == [0, 1, 1]
+    assert again.propose().trial_id == "t0005"
+    # Their old epochs are known, the next one is new.
+    assert not again.record_epoch("t0002", row(1, 0.5))
+    assert again.record_epoch("t0002", row(2, 0.6))
+    assert again.frozen_trials()[1].intermediate_values == {1: 0.5, 2: 0.6}
+
+
+def test_an_unfinished_trial_that_ends_before_its_turn_is_not_proposed(opened):
+    study = opened()
+    study.want(2)
+    study.propose()
+    study.record_epoch("t0001", row(1, 0.1))
+    again = opened()
+    again.end("t0001", "stopped", "judged from the ledger")
+    assert again.propose().trial_id == "t0002"
+    assert again.propose() is None
+
+
+def test_a_resumed_study_does_not_repeat_its_suggestions(opened):
+    seen = []
+    for _ in range(4):
+        study = opened()
+        study.want(len(seen) + 4)
+        seen += [p.params for p in work_off(study)]
+    assert len({json.dumps(params) for params in seen}) == len(seen) == 16
+
+
+# --- One cause for all failures ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [
+        (["failed: bug"] * 3, "bug"),
+        (["failed: bug"] * 5, "bug"),
+        (["failed: bug"] * 2, None),
+        ([], None),
+        (["failed: bug", "failed: other", "failed: bug"], None),
+        (["finished: ", "failed: bug", "failed: bug", "failed: bug"], None),
+        (["failed: bug", "failed: bug", "failed: bug", "finished: "], None),
+        (["diverged: bug", "diverged: bug", "diverged: bug"], None),
+        (["failed: bug", "failed: bug", "diverged: bug", "failed: bug"], None),
+    ],
+)
+@pytest.mark.parametrize("restarted", [False, True])
+def test_the_same_failure_of_all_first_trials_is_noticed(opened, ends, said, restarted):
+    assert SAME_BUG_LIMIT == 3
+    study = opened()
+    study.want(len(ends) + 1)
+    study.propose()  # one that still runs changes nothing
+    for end in ends:
+        trial_id = study.propose().trial_id
+        state, _, cause = end.partition(": ")
+        if state == "finished":
+            study.record_epoch(trial_id, row(1, 0.5))
+        study.end(trial_id, state, cause)
+    assert (opened() if restarted else study).common_failure == said
+
+
+# --- Records -------------------------------------------------------------------------------------
+
+
+def scored(trial_id, params, *accuracies, state="finished"):
+    rows = [{"epoch": e, "val/accuracy": a, "val/loss": 1 - a} for e, a in enumerate(accuracies, 1)]
+    return TrialRecord(trial_id, "search", params, 3, rows=rows, state=state)
+
+
+@pytest.mark.parametrize("metric", ["val/accuracy", "val/loss"])
+def test_the_best_epoch_is_the_earliest_of_equals(metric):
+    settings = RunSettings(metric=metric)
+    record = scored("t0001", {}, 0.25, 0.75, 0.5, 0.75)
+    assert record.best(settings)["epoch"] == 2
+    assert [record.best(settings, up_to=n)["epoch"] for n in (1, 2, 3, 9)] == [1, 2, 2, 2]
+    assert scored("t0002", {}).best(settings) is None
+
+
+@pytest.mark.parametrize("metric", ["val/accuracy", "val/loss"])
+def test_the_best_trial_is_the_earliest_of_equals_however_it_ended(metric):
+    records = [
+        scored("t0001", {}),
+        scored("t0002", {}, 0.25, 0.5),
+        scored("t0003", {}, 0.75, 0.5, state="stopped"),
+        scored("t0004", {}, 0.5, 0.75),
+    ]
+    best, best_row = best_record(records, RunSettings(metric=metric))
+    assert (best.trial_id, best_row["epoch"]) == ("t0003", 1)
+    assert best_record(records[:1], RunSettings(metric=metric)) is None
+
+
+@pytest.mark.parametrize("matters", ["lr", "lr_ratio", "freeze_depth"])
+@pytest.mark.parametrize("metric", ["val/accuracy", "val/loss"])
+def test_the_parameter_that_matters_is_the_important_one(tmp_path, matters, metric):
+    space = SearchSpace(FLAT, tmp_path / "space.py")
+    rng = random.Random(0)
+    records = []
+    for number in range(60):
+        params = {
+            "freeze_depth": rng.randrange(6),
+            "lr_ratio": 10 ** rng.uniform(-1, 0),
+            "lr": 10 ** rng.uniform(-4, -1),
+            "batch_size": rng.choice([16, 32, 64]),
+        }
+        share = {
+            "freeze_depth": params["freeze_depth"] / 5,
+            "lr_ratio": 1 + math.log10(params["lr_ratio"]),
+            "lr": (4 + math.log10(params["lr"])) / 3,
+        }[matters]
+        # A third is stopped early: they count by their best epoch like the others.
+        state = "stopped" if number % 3 == 0 else "finished"
+        records.append(scored(f"t{number:04d}", params, share * 0.9, share * 0.5, state=state))
+    records.append(scored("t0060", {"lr": "never replayed: it has no score"}, state="failed"))
+    found = parameter_importances(space, records, RunSettings(metric=metric))
+    assert set(found) == {"freeze_depth", "lr_ratio", "lr", "batch_size"}
+    assert max(found, key=found.get) == matters
+    assert found[matters] > 0.6 * sum(found.values())
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_importances_need_two_scored_trials(tmp_path, count):
+    params = {"freeze_depth": 0, "lr_ratio": 1.0, "lr": 0.01, "batch_size": 16}
+    records = [scored("t0001", params, 0.5), scored("t0002", params, state="failed")][1 - count :]
+    space = SearchSpace(FLAT, tmp_path / "space.py")
+    with pytest.raises(SpaceError, match="importances need at least two trials with a score"):
+        parameter_importances(space, records, RunSettings())
