@@ -8,6 +8,7 @@ neither torch nor Ray.
 import contextlib
 import functools
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -282,6 +283,9 @@ def summary(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
+    # Before torch is loaded: its threads wait asleep and not spinning, or else a second busy
+    # program slows a training down by far more than its share (benchmarks/busy_machine.py).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_LogToStderr()])
     try:
         app(args=None if argv is None else list(argv), prog_name="python -m tuneapp")
