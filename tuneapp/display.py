@@ -99,13 +99,26 @@ class Progress:
         running = [r for r in records if r.state == "unfinished"]
         ended = [r for r in records if r.state != "unfinished"]
         shown = ended[len(ended) - max(room - len(running), 0) :] + running
-        table = trials_table(shown, self._settings, best[0].trial_id if best else None)
+        best_id = best[0].trial_id if best else None
+        table = trials_table(shown, self._settings, best_id, unfinished="running")
         table.title = title
         return table
 
 
-def trials_table(records: list[TrialRecord], settings: RunSettings, best_id: str | None) -> Table:
-    """Return the table of trials: a row each, in the order given."""
+def trials_table(
+    records: list[TrialRecord],
+    settings: RunSettings,
+    best_id: str | None,
+    unfinished: str = "unfinished",
+) -> Table:
+    """Return the table of trials: a row each, in the order given.
+
+    Args:
+        records: the trials.
+        settings: the metric that is shown.
+        best_id: the trial whose row is bold.
+        unfinished: what to call the state of trials that have not ended.
+    """
     table = Table(box=None, pad_edge=False, title_justify="left", title_style="bold")
     table.add_column("trial", no_wrap=True)
     table.add_column("from", no_wrap=True)
@@ -119,7 +132,10 @@ def trials_table(records: list[TrialRecord], settings: RunSettings, best_id: str
         table.add_row(
             record.trial_id,
             record.origin,
-            Text(record.state, style=STATE_STYLES[record.state]),
+            Text(
+                unfinished if record.state == "unfinished" else record.state,
+                style=STATE_STYLES[record.state],
+            ),
             f"{len(record.rows)}/{record.epochs}",
             "" if best is None else f"{best[settings.metric]:.4f}",
             "" if best is None else str(best["epoch"]),

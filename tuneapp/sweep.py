@@ -36,7 +36,6 @@ for _name, _value in {
     "RAY_DEDUP_LOGS": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # TensorBoard and CSV are ours
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # a trial's error.txt has it
-    "TUNE_MAX_PENDING_TRIALS_PG": "1",
 }.items():
     os.environ.setdefault(_name, _value)
 
@@ -52,6 +51,8 @@ MEMORY_PER_TRIAL_BYTES = 2 * 2**30
 """Room for torch (about 1 GB in a process), a network and its batches."""
 OBJECT_STORE_BYTES = 128 * 2**20
 """Ray's shared memory: nothing large goes through it."""
+
+_TOKEN = Path("~/.ray/auth_token").expanduser()
 
 Listen = Callable[[Event], None]
 
@@ -226,6 +227,8 @@ def _drive(
 ) -> Outcome:
     """Run the study's remaining trials under Ray."""
     settings = record.settings
+    if record.gpus_per_trial and not torch.cuda.is_available():
+        raise ConfigError(f"{run.path} was begun on GPUs, and this machine has none for torch")
     driver = Driver(study, str(run.path))
     stopper = Stopper(driver, max_epochs, settings.mode)
     stopper.replay(list(ledger.events))
@@ -283,8 +286,11 @@ def _ray(record: RunRecord, dashboard_host: str | None) -> Iterator[Path]:
             log_to_driver=False,
             _temp_dir=str(scratch / "ray"),
         )
+        if _TOKEN.exists():
+            _TOKEN.chmod(0o600)  # Ray leaves it readable to others; it lets one run code as us
         if dashboard_host is not None:
             log.warning("dashboard http://%s", context.dashboard_url)
+            log.warning("token     it asks for what `ray get-auth-token` prints")
         yield scratch / "results"
     finally:
         ray.shutdown()
