@@ -485,66 +485,26 @@ def _finish_training(run: "RunDir") -> int:
 
 
 def _print_result(read: "Summary") -> None:
-    """Print the table of trials, best first, the best one, and what the search added."""
-    from tuneapp.config import is_better
-    from tuneapp.display import say_params, trials_table
-
-    settings = read.record.settings
-    metric = settings.metric
-
-    def place(trial: Any) -> float:
-        row = trial.best(settings)
-        if row is None:
-            return float("inf")
-        return float(-row[metric] if settings.mode == "max" else row[metric])
+    """Print the table of trials, best first, and what it comes to."""
+    from tuneapp.display import result_lines, trials_table
 
     best = read.best
-    ranked = sorted(read.trials, key=place)
     _say("")
-    out.print(trials_table(ranked, settings, best[0].trial_id if best else None))
+    table = trials_table(read.ranked, read.record.settings, best[0].trial_id if best else None)
+    out.print(table)
     _say("")
-    for trial in ranked:
-        if trial.state in ("failed", "diverged"):
-            _say(f"{trial.trial_id} {trial.state}: {trial.cause}")
-    if best is None:
-        _say("best      none: no trial has finished an epoch")
-        return
-    trial, row = best
-    _say(
-        f"best      {trial.trial_id}: {metric} {row[metric]:.4f}{_spread(read, row)} at epoch "
-        f"{row['epoch']} of {trial.epochs}"
-    )
-    _say(f"          {say_params(trial.params)}")
-    recipe = read.best_recipe
-    if read.record.kind == "sweep" and recipe is not None:
-        theirs = recipe[1][metric]
-        found = f"best recipe {recipe[0].trial_id} has {theirs:.4f}"
-        if is_better(row[metric], theirs, settings.mode):
-            gain = abs(row[metric] - theirs)
-            small = metric == "val/accuracy" and gain < 2 * read.standard_error(theirs)
-            doubt = "; so small a gain may be chance" if small else ""
-            _say(f"gain      {gain:.4f} over the recipes ({found}){doubt}")
-        else:
-            _say(f"gain      none: the search did not beat the recipes ({found})")
+    for line in result_lines(read):
+        _say(line)
     for warning in read.record.warnings:
         _warn(warning)
 
 
-def _spread(read: "Summary", row: dict[str, Any]) -> str:
-    if read.record.settings.metric != "val/accuracy":
-        return ""
-    spread = read.standard_error(row["val/accuracy"])
-    return f" (standard error {spread:.4f} on {read.num_val} images)"
-
-
 def _print_applied(read: "Summary") -> None:
     """Print what each trial read back from its optimizer, schedule and parameters."""
-    from tuneapp.summary import flat
+    from tuneapp.display import applied_line
 
     for trial in read.trials:
-        values = ((k, v) for k, v in flat(trial.applied).items() if v != "")
-        said = " ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in values)
-        _say(f"applied   {trial.trial_id}: {said or 'nothing yet'}")
+        _say(applied_line(trial))
 
 
 if __name__ == "__main__":

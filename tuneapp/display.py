@@ -4,16 +4,19 @@ Everything is drawn from the ledger's events, so what is seen is what was writte
 """
 
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from tuneapp.config import RunSettings
+from tuneapp.config import RunSettings, is_better
 from tuneapp.ledger import Event
-from tuneapp.records import TrialRecord, best_record, read_records, trials_wanted
+from tuneapp.records import TrialRecord, best_record, flat, read_records, trials_wanted
+
+if TYPE_CHECKING:
+    from tuneapp.summary import Summary
 
 STATE_STYLES = {
     "unfinished": "cyan",
@@ -167,3 +170,52 @@ def say_params_shortly(params: dict[str, Any]) -> str:
 
 def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def result_lines(read: "Summary") -> list[str]:
+    """Return what went wrong, the best trial, and what the search added to the recipes."""
+    settings = read.record.settings
+    metric = settings.metric
+    lines = [
+        f"{trial.trial_id} {trial.state}: {trial.cause}"
+        for trial in read.ranked
+        if trial.state in ("failed", "diverged")
+    ]
+    if read.best is None:
+        return [*lines, "best      none: no trial has finished an epoch"]
+    trial, row = read.best
+    spread = ""
+    if metric == "val/accuracy":
+        error = read.standard_error(row[metric])
+        spread = f" (standard error {error:.4f} on {read.num_val} images)"
+    lines += [
+        f"best      {trial.trial_id}: {metric} {row[metric]:.4f}{spread} at epoch {row['epoch']} "
+        f"of {trial.epochs}",
+        f"          {say_params(trial.params)}",
+    ]
+    if read.best_recipe is not None:
+        lines.append(_gain_line(read, row[metric]))
+    return lines
+
+
+def _gain_line(read: "Summary", best: float) -> str:
+    """Return what the search added to the best recipe, and whether that may be chance."""
+    assert read.best_recipe is not None
+    settings = read.record.settings
+    recipe, row = read.best_recipe
+    theirs = row[settings.metric]
+    found = f"best recipe {recipe.trial_id} has {theirs:.4f}"
+    if not is_better(best, theirs, settings.mode):
+        return f"gain      none: the search did not beat the recipes ({found})"
+    gain = abs(best - theirs)
+    # Two standard errors: about 95 % of what chance alone does to one score.
+    small = settings.metric == "val/accuracy" and gain < 2 * read.standard_error(theirs)
+    doubt = "; so small a gain may be chance" if small else ""
+    return f"gain      {gain:.4f} over the recipes ({found}){doubt}"
+
+
+def applied_line(trial: TrialRecord) -> str:
+    """Return what a trial read back from the objects that train."""
+    values = ((k, v) for k, v in flat(trial.applied).items() if v != "")
+    said = " ".join(f"{k}={_short(v)}" for k, v in values)
+    return f"applied   {trial.trial_id}: {said or 'nothing yet'}"

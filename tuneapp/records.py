@@ -1,6 +1,6 @@
 """Trials as the ledger tells them: what every reader of a run begins with."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -102,3 +102,16 @@ def best_record(
         if is_better(row[settings.metric], than, settings.mode):
             best = (record, row)
     return best
+
+
+def flat(applied: dict[str, Any]) -> dict[str, Any]:
+    """Return `{"lr": {"head": 1}}` as `{"lr/head": 1}`, and lists as words."""
+    out: dict[str, Any] = {}
+    for name, value in applied.items():
+        if isinstance(value, dict):
+            out |= {f"{name}/{inner}": v for inner, v in value.items()}
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            out[name] = " ".join(map(str, value))
+        else:
+            out[name] = value
+    return out

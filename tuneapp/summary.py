@@ -5,7 +5,6 @@ always the best epoch of the run's metric.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pandas as pd
 
 from tuneapp.data.source import read_split
 from tuneapp.ledger import read_events
-from tuneapp.records import TrialRecord, best_record, read_records, trials_wanted
+from tuneapp.records import TrialRecord, best_record, flat, read_records, trials_wanted
 from tuneapp.rundir import RunDir, RunRecord, open_run, write_atomically
 from tuneapp.space import SearchSpace
 from tuneapp.study import parameter_importances
@@ -54,6 +53,18 @@ class Summary:
         """Trials still to run: unfinished, or not proposed yet."""
         unfinished = sum(t.state == "unfinished" for t in self.trials)
         return unfinished + max(self.wanted - len(self.trials), 0)
+
+    @property
+    def ranked(self) -> list[TrialRecord]:
+        """The trials, best first; those without an epoch last."""
+        settings = self.record.settings
+        sign = -1 if settings.mode == "max" else 1
+
+        def place(trial: TrialRecord) -> float:
+            row = trial.best(settings)
+            return math.inf if row is None else sign * float(row[settings.metric])
+
+        return sorted(self.trials, key=place)
 
     def standard_error(self, accuracy: float) -> float:
         """Return how much an accuracy on so many images varies by chance alone (binomial)."""
@@ -113,13 +124,9 @@ def importances(path: Path) -> pd.Series:
 
 def _trials_frame(summary: Summary) -> pd.DataFrame:
     settings = summary.record.settings
-    rows = [_trial_row(trial, trial.best(settings)) for trial in summary.trials]
+    rows = [_trial_row(trial, trial.best(settings)) for trial in summary.ranked]
     frame = pd.DataFrame(rows, columns=None if rows else ["trial", "origin", "state"])
-    frame = frame.set_index("trial")
-    if settings.metric not in frame:
-        return frame
-    ascending = settings.mode == "min"
-    return frame.sort_values(settings.metric, ascending=ascending, kind="stable")
+    return frame.set_index("trial")
 
 
 def _trial_row(trial: TrialRecord, best: dict[str, Any] | None) -> dict[str, Any]:
@@ -135,19 +142,6 @@ def _trial_row(trial: TrialRecord, best: dict[str, Any] | None) -> dict[str, Any
         **{f"params/{name}": _cell(value) for name, value in trial.params.items()},
         **{f"applied/{name}": _cell(v) for name, v in flat(trial.applied).items()},
     }
-
-
-def flat(applied: dict[str, Any]) -> dict[str, Any]:
-    """Return `{"lr": {"head": 1}}` as `{"lr/head": 1}`, and lists as words."""
-    out: dict[str, Any] = {}
-    for name, value in applied.items():
-        if isinstance(value, dict):
-            out |= {f"{name}/{inner}": v for inner, v in value.items()}
-        elif isinstance(value, Sequence) and not isinstance(value, str):
-            out[name] = " ".join(map(str, value))
-        else:
-            out[name] = value
-    return out
 
 
 def _cell(value: Any) -> Any:
