@@ -74,7 +74,12 @@ BAD = [
             (TrialConfig, "image_size", "None or a whole number >= 16", [15, 0, 32.0, "32"]),
             (TrialConfig, "weights", "None, a name or a path", ["", 1, False]),
             (TrialConfig, "clip_norm", "None or a number > 0", [0, -1, NAN, INF, True, "1"]),
-            (TrialConfig, "accumulation_steps", "from 1 to batch_size", [0, -1, 33]),
+            (
+                TrialConfig,
+                "accumulation_steps",
+                "a whole number from 1 to batch_size",
+                [0, -1, 33, 1.5, "2", True],
+            ),
             (
                 TrialConfig,
                 "lr_ratio",
@@ -140,7 +145,7 @@ def test_the_ends_of_the_allowed_ranges_are_allowed(kind, name, value):
 
 
 def test_nesterov_wants_momentum():
-    with pytest.raises(ConfigError, match="nesterov must be False when momentum is 0, got True"):
+    with pytest.raises(ConfigError, match="and False when momentum is 0, got True"):
         Sgd(lr=0.1, momentum=0.0, nesterov=True)
     assert Sgd(lr=0.1, momentum=0.5, nesterov=True).nesterov
 
@@ -301,3 +306,20 @@ def test_canonical_json_has_one_spelling_and_no_nan():
     assert canonical_json({"a": 1, "b": 2}) == canonical_json({"b": 2, "a": 1})
     with pytest.raises(ValueError, match="not JSON compliant"):
         canonical_json({"a": NAN})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"batch_size": "32"}, {"batch_size": 0}, {"batch_size": "32", "accumulation_steps": "2"}],
+)
+def test_a_wrong_batch_size_is_not_blamed_on_the_accumulation(wrong):
+    with pytest.raises(ConfigError, match="batch_size must be a whole number >= 1") as caught:
+        TrialConfig(**{**GOOD[TrialConfig], **wrong})
+    named = "accumulation_steps must" in str(caught.value)
+    assert named == ("accumulation_steps" in wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"nesterov": "no"}, {"momentum": "x", "nesterov": True}])
+def test_wrong_types_in_sgd_are_mistakes_of_the_configuration(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        Sgd(lr=0.1, **wrong)

@@ -204,3 +204,29 @@ def test_after_a_kill_every_acknowledged_event_is_there(path):
     events = read_events(path)
     assert acknowledged <= len(events) <= acknowledged + 1
     assert [event["seq"] for event in events] == list(range(len(events)))
+
+
+def test_after_a_write_that_the_disk_cut_short_the_ledger_goes_on(tmp_path, monkeypatch):
+    file = tmp_path / "ledger.jsonl"
+    real_write = os.write
+    with Ledger(file) as ledger:
+        ledger.append("sweep", trials=1)
+        monkeypatch.setattr("os.write", lambda handle, data: real_write(handle, data[:9]))
+        with pytest.raises(OSError, match="is the disk full"):
+            ledger.append("sweep", trials=2)
+        monkeypatch.setattr("os.write", real_write)
+        ledger.append("sweep", trials=3)
+    assert [e["trials"] for e in read_events(file)] == [1, 3]
+
+
+@pytest.mark.parametrize("line", [b"[]", b"1", b"null", b'"crc"'])
+def test_a_line_that_is_json_but_no_event_is_damage(tmp_path, line):
+    file = tmp_path / "ledger.jsonl"
+    with Ledger(file) as ledger:
+        for trials in (1, 2, 3):
+            ledger.append("sweep", trials=trials)
+    lines = file.read_bytes().split(b"\n")
+    lines[1] = line
+    file.write_bytes(b"\n".join(lines))
+    with pytest.raises(RunError, match="line 2: damaged"):
+        read_events(file)

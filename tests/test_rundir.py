@@ -229,3 +229,12 @@ def test_the_log_goes_to_the_file_inside_the_block_only(tmp_path):
     lines = (tmp_path / "log.txt").read_text(encoding="utf-8").splitlines()
     assert [line.split(" ", 3)[2:] for line in lines] == [["INFO", "inside ü"]]
     assert logging.getLogger("tuneapp").handlers == before
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", '{"format": 1}', '{"format": "x", "versions": {}}', '{"versions": 1}']
+)
+def test_json_that_is_no_record_of_a_run_is_refused(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(RunError, match=r"run\.json is no record of a run"):
+        open_run(tmp_path)

@@ -548,3 +548,18 @@ def test_reading_and_showing_a_space_imports_neither_torch_nor_ray():
     loaded = set(ran.stdout.split())
     assert "optuna" in loaded
     assert not loaded & {"torch", "torchvision", "ray", "sklearn", "pandas"}
+
+
+def test_choices_that_come_up_only_at_the_high_end_of_a_number_are_all_probed():
+    space = body(
+        "Sgd(lr=0.1, momentum={'a': 0.1, 'b': 0.2}[trial.suggest_categorical('c', ['a', 'b'])] "
+        "if trial.suggest_int('n', 1, 3) > 2 else 0.0)"
+    )
+    assert {b.params.get("c") for b in space.branches()} == {None, "a", "b"}
+
+
+@pytest.mark.parametrize("value", ["0.5", True, "1"])
+def test_what_only_looks_like_a_number_is_refused(value):
+    space = body("Sgd(lr=trial.suggest_float('lr', 0.1, 1.0))")
+    with pytest.raises(SpaceError, match="allowed is"):
+        space.replay({"lr": value})

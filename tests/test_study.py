@@ -586,3 +586,20 @@ def test_importances_need_two_scored_trials(tmp_path, count):
     space = SearchSpace(FLAT, tmp_path / "space.py")
     with pytest.raises(SpaceError, match="importances need at least two trials with a score"):
         parameter_importances(space, records, RunSettings())
+
+
+def test_a_kill_before_the_end_of_a_rejected_trial_was_written_does_not_bar_the_run(tmp_path):
+    space = SearchSpace(CORNER, tmp_path / "space.py")
+    recipes = [({"lr": 0.5}, "recipe")]
+    with Ledger(tmp_path / "ledger.jsonl") as ledger:
+        study = Study(space, ledger, RunSettings(), recipes)
+        study.want(1)
+        assert study.propose() is None
+    lines = (tmp_path / "ledger.jsonl").read_text().splitlines(keepends=True)
+    assert '"ended"' in lines[-1]
+    (tmp_path / "ledger.jsonl").write_text("".join(lines[:-1]))
+    with Ledger(tmp_path / "ledger.jsonl") as ledger:
+        study = Study(space, ledger, RunSettings(), recipes)
+        assert study.records["t0001"].state == "failed"
+        assert study.propose() is None
+        assert study.remaining == 0

@@ -66,7 +66,7 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> list[str]:
     return _require(value in allowed, name, value, "one of " + ", ".join(map(repr, allowed)))
 
 
-# --- Optimizers: torch's names and defaults ------------------------------------------------------
+# --- Optimizers: torch's names, and SGD with the momentum that fine-tuning uses -----------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +79,18 @@ class Sgd(_Checked):
     weight_decay: float = 0.0
 
     def _mistakes(self) -> list[str]:
-        nesterov_ok = not self.nesterov or self.momentum > 0
+        has_momentum = _is_number(self.momentum) and self.momentum > 0
+        nesterov_ok = self.nesterov is False or (self.nesterov is True and has_momentum)
         return [
             *_above_zero("lr", self.lr),
             *_fraction("momentum", self.momentum),
             *_at_least_zero("weight_decay", self.weight_decay),
-            *_require(nesterov_ok, "nesterov", self.nesterov, "False when momentum is 0"),
+            *_require(
+                nesterov_ok,
+                "nesterov",
+                self.nesterov,
+                "True or False, and False when momentum is 0",
+            ),
         ]
 
 
@@ -255,8 +261,9 @@ class TrialConfig(_Checked):
         size_ok = self.image_size is None or not _whole("image_size", self.image_size, 16)
         weights_ok = self.weights is None or (isinstance(self.weights, str) and self.weights != "")
         clip_ok = self.clip_norm is None or (_is_number(self.clip_norm) and self.clip_norm > 0)
-        parts_fit = not isinstance(self.accumulation_steps, int) or (
-            1 <= self.accumulation_steps <= self.batch_size
+        parts_ok = not _whole("accumulation_steps", self.accumulation_steps, 1) and (
+            bool(_whole("batch_size", self.batch_size, 1))  # which is told by itself
+            or self.accumulation_steps <= self.batch_size
         )
         return [
             *_whole("epochs", self.epochs, 1),
@@ -270,7 +277,10 @@ class TrialConfig(_Checked):
             *_require(weights_ok, "weights", self.weights, "None, a name or a path"),
             *_require(clip_ok, "clip_norm", self.clip_norm, "None or a number > 0"),
             *_require(
-                parts_fit, "accumulation_steps", self.accumulation_steps, "from 1 to batch_size"
+                parts_ok,
+                "accumulation_steps",
+                self.accumulation_steps,
+                "a whole number from 1 to batch_size",
             ),
         ]
 

@@ -44,21 +44,28 @@ class Ledger:
         if good_bytes < len(content):
             log.warning("%s: cut off %d bytes of a torn line", path, len(content) - good_bytes)
             os.truncate(path, good_bytes)
+        self._size = good_bytes
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
 
     def append(self, event: str, **fields: Any) -> Event:
         """Write one event and return it as written, with its sequence number.
 
         Raises:
-            ValueError: a field is not JSON, or a number in it is not finite.
-            OSError: the disk did not take it; the ledger is unchanged or ends in a torn line.
+            ValueError: a number in a field is not finite.
+            TypeError: a field is not JSON.
+            OSError: the disk did not take it; the ledger is as it was.
         """
         record = {"seq": len(self.events), "event": event, **fields}
         line = json.dumps({**record, "crc": _crc(record)}, allow_nan=False) + "\n"
         data = line.encode()
-        if os.write(self._file, data) != len(data):
-            raise OSError("the ledger took only a part of a line: is the disk full?")
-        os.fsync(self._file)
+        try:
+            if os.write(self._file, data) != len(data):
+                raise OSError("the ledger took only a part of a line: is the disk full?")
+            os.fsync(self._file)
+        except OSError:
+            os.ftruncate(self._file, self._size)  # or else the next line would follow half a one
+            raise
+        self._size += len(data)
         self.events.append(record)
         return record
 
@@ -110,7 +117,7 @@ def _checked(line: bytes, seq: int) -> Event | None:
     try:
         event = json.loads(line)
         crc = event.pop("crc")
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, AttributeError, TypeError):
         return None
     return event if crc == _crc(event) and event["seq"] == seq else None
 

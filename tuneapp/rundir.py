@@ -17,7 +17,7 @@ import logging
 import os
 import platform
 import re
-import tempfile
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -27,7 +27,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from tuneapp.config import RunSettings
-from tuneapp.errors import RunError
+from tuneapp.errors import ConfigError, RunError
 
 FORMAT = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -166,14 +166,18 @@ def open_run(path: Path) -> tuple[RunDir, RunRecord]:
         raise RunError(f"{path} is not a run directory: it has no run.json") from None
     except ValueError as error:
         raise RunError(f"{run.settings_file} is damaged: {error}") from None
-    if plain.pop("format") > FORMAT:
-        made_by = plain.get("versions", {}).get("tuneapp")
-        raise RunError(f"{path} was made by a newer tuneapp ({made_by}); update this one")
-    plain.pop("versions")
-    plain["settings"] = RunSettings(**plain["settings"])
-    plain["classes"] = tuple(plain["classes"])
-    plain["warnings"] = tuple(plain["warnings"])
-    return run, RunRecord(**plain)
+    try:
+        made_by = plain.pop("versions")
+        if plain.pop("format") > FORMAT:
+            raise RunError(
+                f"{path} was made by a newer tuneapp ({made_by['tuneapp']}); update this one"
+            )
+        plain["settings"] = RunSettings(**plain["settings"])
+        plain["classes"] = tuple(plain["classes"])
+        plain["warnings"] = tuple(plain["warnings"])
+        return run, RunRecord(**plain)
+    except (KeyError, TypeError, AttributeError, ConfigError) as error:
+        raise RunError(f"{run.settings_file} is no record of a run: {error}") from None
 
 
 def write_json(path: Path, plain: object) -> None:
@@ -184,9 +188,7 @@ def write_json(path: Path, plain: object) -> None:
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, then put it in place: old or new, never half."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    aside = Path(name)
+    aside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
         write(aside)
         with aside.open("rb") as written:

@@ -132,12 +132,22 @@ class ScriptedTrial(_SuggestOnly):
             )
         value = self._params[name]
         try:
+            _require_type(value, distribution)
             inside = distribution._contains(distribution.to_internal_repr(value))
         except (ValueError, TypeError):
             inside = False
         if not inside:
             raise SpaceError(f"{self._path}: {name}={value!r}: allowed is {describe(distribution)}")
         return value
+
+
+def _require_type(value: object, distribution: BaseDistribution) -> None:
+    """Optuna takes the text '0.5' for a number, and True for 1."""
+    if isinstance(distribution, CategoricalDistribution):
+        return
+    whole = isinstance(distribution, optuna.distributions.IntDistribution)
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        raise TypeError(value)
 
 
 class Probe(_SuggestOnly):

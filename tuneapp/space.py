@@ -184,16 +184,15 @@ class SearchSpace:
         while waiting and len(seen) < MAX_PROBED_BRANCHES:
             wanted = waiting.popleft()
             low, high = Probe(wanted, "low"), Probe(wanted, "high")
-            path = tuple(sorted(low.choose(self).items()))
+            path = tuple(sorted({**low.choose(self), **high.choose(self)}.items()))
             if path in seen:
                 continue
             seen.add(path)
-            high.choose(self)
             for probe in (low, high):
                 assert probe.config is not None
                 self._refuse_collisions(meanings, probe.asked)
                 found.append(Branch(probe.values, probe.asked, probe.config))
-            waiting.extend(low.alternatives())
+            waiting.extend([*low.alternatives(), *high.alternatives()])
         return found
 
     def parameters(self) -> list[Parameter]:

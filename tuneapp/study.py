@@ -178,9 +178,12 @@ class Study:
             self._study.sampler = RandomSampler(seed=0)  # every value is given: it draws nothing
             self._study.enqueue_trial(record.params, user_attrs=attrs)
             trial = self._study.ask()
-            self._space(trial)
             self._live[record.trial_id] = trial
             self._unfinished.append(Proposal(record.trial_id, record.params))
+            try:
+                self._space(trial)
+            except (SpaceError, ConfigError) as error:  # killed before its end was written down
+                self.end(record.trial_id, "failed", str(error))
             for row in record.rows:
                 trial.report(row[self.settings.metric], step=row["epoch"])
             return
@@ -192,7 +195,8 @@ class Study:
         self._study.add_trial(
             optuna.trial.create_trial(
                 state=state,
-                value=value,
+                # What Optuna itself gives a pruned trial: its last value.
+                value=record.rows[-1][self.settings.metric] if state.name == "PRUNED" else value,
                 params={k: v for k, v in record.params.items() if k in distributions},
                 distributions=distributions,
                 intermediate_values={r["epoch"]: r[self.settings.metric] for r in record.rows},
