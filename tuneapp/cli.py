@@ -463,7 +463,7 @@ def _finish_sweep(outcome: Any) -> int:
         _say(f"again     python -m tuneapp train --from {path} --trial best")
     _say(f"summary   python -m tuneapp summary {path}")
     _say(f"curves    tensorboard --logdir {path}/trials")
-    _say("dashboard python -m tuneapp sweep ... --dashboard shows Ray's, while a sweep runs")
+    _say("dashboard of Ray, while trials run: with --dashboard on sweep and resume")
     if outcome.interrupted_by:
         return 128 + int(outcome.interrupted_by)
     if read.best is None:
