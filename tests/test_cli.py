@@ -185,9 +185,9 @@ def test_train_from_a_run_gives_the_trial_s_numbers_again(
     run = finished_sweep["run"]
     best = re.search(r"best      (t\d{4})", finished_sweep["out"])
     assert best is not None
-    for asked, trial in (("best", best[1]), ("t0002", "t0002")):
-        assert main(["train", "--from", str(run), "--trial", asked, "--name", asked]) == 0
-        again = rows_of(tmp_path / "runs" / asked, "t0001")
+    for number, (asked, trial) in enumerate((("best", best[1]), ("t0002", "t0002")), start=1):
+        assert main(["train", "--from", str(run), "--trial", asked]) == 0
+        again = rows_of(tmp_path / "runs" / f"small-train-{number:03d}", "t0001")
         theirs = rows_of(run, trial)
         assert again[: len(theirs)] == theirs
     capsys.readouterr()

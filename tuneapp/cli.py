@@ -414,7 +414,7 @@ def _from_run(
         record = read.trials[ids.index(trial_id)]
     else:
         raise ConfigError(f"--trial {trial_id}: {path} has {', '.join(ids) or 'none'}, and best")
-    space = SearchSpace.read(read.run.space_file)
+    space = SearchSpace.read(read.run.space_file, read.record.space_name)
     _say(f"trial     {record.trial_id} of {path}")
     return space, read.record.settings, record.params, (read.run, read.record)
 
