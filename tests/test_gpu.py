@@ -34,15 +34,15 @@ def test_a_resumed_trial_on_a_gpu_goes_on_with_its_state(config, run, tmp_path):
     whole, part = [], []
     run_trial(trial, replace(run, has_gpu=True), whole.append)
 
-    class Interrupted(Exception):
+    class StopError(Exception):
         pass
 
     def report(row):
         part.append(row)
         if row["epoch"] == 2:
-            raise Interrupted
+            raise StopError
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(StopError):
         run_trial(trial, replace(run, has_gpu=True, folder=tmp_path), report)
     again = []
     run_trial(

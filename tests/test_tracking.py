@@ -85,6 +85,9 @@ def test_after_a_resume_no_epoch_is_there_twice_and_none_is_missing(
     track(tmp_path / "straight", history=[], more=HISTORY)
     # The interrupted run was one epoch further than its last checkpoint.
     track(tmp_path / "resumed", history=[], more=HISTORY[: done + 1])
+    # Event files are named after the second: the old one is of another.
+    (old,) = (tmp_path / "resumed").iterdir()
+    old.rename(old.with_name("events.out.tfevents.1000000000.here"))
     track(tmp_path / "resumed", history=HISTORY[:done], more=HISTORY[done:])
     assert scalars(tmp_path / "resumed") == scalars(tmp_path / "straight")
     assert len(list((tmp_path / "resumed").iterdir())) == 1

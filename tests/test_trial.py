@@ -26,9 +26,12 @@ from tuneapp.config import (
     Step,
     TrialConfig,
 )
+from tuneapp.data.store import open_store
+from tuneapp.data.views import Batches, evaluation_view, training_view
 from tuneapp.errors import CheckpointError, ConfigError, Diverged
 from tuneapp.models import build_network
 from tuneapp.trial import TrialRun, run_trial
+from tuneapp.weights import preprocessing_of
 
 CLOCKED = ("train/images_per_s", "train/data_wait")
 
@@ -214,6 +217,7 @@ def test_a_resume_that_forgot_a_piece_would_be_seen(
     assert "/history/1/train/loss" in differences(outcome(resumed), straight)
 
 
+@pytest.mark.usefixtures("small_network")
 def test_a_finished_trial_is_reported_again_and_not_trained_again(
     config: TrialConfig, run: TrialRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,6 +286,45 @@ def test_seeds_of_trial_and_run_make_other_trainings(config: TrialConfig, run: T
     assert len(set(losses)) == 3
 
 
+@pytest.mark.parametrize("seed", [0, 3])
+@pytest.mark.parametrize("trial_seed", [0, 1])
+def test_all_trials_of_a_run_see_the_same_views_in_the_same_order(
+    trial_seed: int, seed: int, config: TrialConfig, run: TrialRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+
+    def build(model: str, num_classes: int) -> nn.Module:
+        network = build_network(model, num_classes)
+        network.conv1.register_forward_hook(lambda _, args, __: seen.append(args[0].clone()))
+        return network
+
+    monkeypatch.setattr(trial, "build_network", build)
+    run = replace(run, settings=RunSettings(seed=seed))
+    run_trial(replace(config, seed=trial_seed, augment="standard"), run, ignore)
+
+    preprocessing = preprocessing_of("resnet18", None, 32, None)
+    kinds = {
+        "train": (training_view("standard", preprocessing), seed),
+        "val": (evaluation_view(preprocessing), None),
+    }
+    wanted = []
+    for epoch in (1, 2):
+        for split, (view, shuffle_seed) in kinds.items():
+            batches = Batches(
+                open_store(run.images, preprocessing),
+                split,
+                view=view,
+                preprocessing=preprocessing,
+                batch_size=8,
+                device=torch.device("cpu"),
+                shuffle_seed=shuffle_seed,
+            )
+            wanted += [images for images, _ in batches.epoch(epoch)]
+    assert len(seen) == len(wanted) == 8
+    assert all(torch.equal(a, b) for a, b in zip(seen, wanted, strict=True))
+
+
+@pytest.mark.usefixtures("small_network")
 def test_writing_files_changes_nothing_of_the_training(
     config: TrialConfig, run: TrialRun, tmp_path: Path
 ) -> None:
@@ -434,6 +477,7 @@ def table(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(text))
 
 
+@pytest.mark.usefixtures("small_network")
 def test_a_trials_folder_holds_its_files(
     config: TrialConfig, run: TrialRun, tmp_path: Path
 ) -> None:
@@ -457,6 +501,7 @@ def test_a_trials_folder_holds_its_files(
     assert {p.name for p in (folder / "checkpoints").iterdir()} == kept
 
 
+@pytest.mark.usefixtures("small_network")
 @pytest.mark.parametrize("done", [1, 2])
 def test_after_a_resume_the_files_are_those_of_an_uninterrupted_trial(
     done: int, config: TrialConfig, run: TrialRun, tmp_path: Path
@@ -483,6 +528,7 @@ def test_after_a_resume_the_files_are_those_of_an_uninterrupted_trial(
     assert len(content(tmp_path / "straight")["events"]["val/loss"]) == 3
 
 
+@pytest.mark.usefixtures("small_network")
 def test_an_epoch_is_on_disk_before_it_is_reported(
     config: TrialConfig, run: TrialRun, tmp_path: Path
 ) -> None:

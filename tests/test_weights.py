@@ -350,7 +350,7 @@ def test_a_download_that_takes_too_long_is_given_up(server: Server, tmp_path: Pa
     began = time.monotonic()
     with pytest.raises(WeightsError, match="took longer than"):
         fetch(server.url(GOOD_NAME), tmp_path / GOOD_NAME, limit_s=0.3)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 4  # of the 5 s and more that it would take
     assert left(tmp_path) == []
 
 
