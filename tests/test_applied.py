@@ -75,13 +75,14 @@ def test_what_is_applied_is_read_back_field_by_field(network: nn.Module) -> None
         freeze_depth=4,
         lr_ratio=0.5,
         batch_size=24,
+        amp="bf16",
     )
     model = staged(network, 4)
     applied = applied_to(model, config, Precision("cpu", torch.bfloat16), "IMAGENET1K_V1")
     assert applied.as_dict() == {
         "lr": pytest.approx({"layer4": 0.05, "head": 0.1}, rel=1e-12),
         "optimizer": "AdamW",
-        "weight_decay": 0.05,
+        "options": {"betas": (0.9, 0.999), "weight_decay": 0.05},
         "schedule": "CosineAnnealingLR",
         "warmup_steps": 6,
         "trainable_parameters": LAYER4 + HEAD,
@@ -118,7 +119,7 @@ def test_every_choice_of_optimizer_and_schedule_passes_as_itself(
     assert (applied.optimizer, applied.schedule, applied.warmup_steps) == (name, kind, warmup)
     # The peak, though a warm-up and OneCycle both begin far below it.
     assert applied.lr == pytest.approx({"head": 0.1}, rel=1e-12)
-    assert applied.weight_decay == optimizer.weight_decay
+    assert applied.options["weight_decay"] == optimizer.weight_decay
     require_applied(applied, config, model, CPU, warmup)
 
 
@@ -142,7 +143,8 @@ def test_every_freeze_depth_passes(depth: int, network: nn.Module) -> None:
         ("lr", {"layer4": 0.05001, "head": 0.1}, "lr of layer4 is 0.05001, not 0.05"),
         ("lr", {"head": 0.1}, r"the trained stages are \['head'\], not \['layer4', 'head'\]"),
         ("optimizer", "Adam", "optimizer is 'Adam', not 'AdamW'"),
-        ("weight_decay", 0.0, "weight_decay is 0.0, not 0.01"),
+        ("options", {"betas": (0.9, 0.999)}, r"options is \{'betas': .*\}, not .*0\.01\}"),
+        ("precision", "bfloat16", "precision is bfloat16, with amp='auto'"),
         ("schedule", "StepLR", "schedule is 'StepLR', not 'ConstantLR'"),
         ("warmup_steps", 3, "warmup_steps is 3, not 0"),
         ("trainable_parameters", HEAD, f"trainable_parameters is {HEAD}, not {LAYER4 + HEAD}"),
@@ -283,7 +285,11 @@ BROKEN = {
     "copies of the parameters": (changed_optimizer(copy_parameters), "trainable_parameters is 0"),
     "other optimizer": (
         changed_config("build_optimizer", optimizer=Adam(lr=0.01)),
-        "optimizer is 'Adam', not 'AdamW'; weight_decay is 0.0, not 0.01",
+        "optimizer is 'Adam', not 'AdamW'; options is .*'weight_decay': 0.0}, not .*0.01}",
+    ),
+    "momentum of one stage": (
+        changed_optimizer(lambda o: o.param_groups[0].update(betas=(0.5, 0.999))),
+        r"options is \{'betas': \[\(0.5, 0.999\), \(0.9, 0.999\)\]",
     ),
     "other schedule": (changed_config("build_schedule", schedule=Constant()), "'ConstantLR'"),
     "warm-up forgotten": (changed_config("build_schedule", schedule=Cosine()), "warmup_steps is 0"),

@@ -149,7 +149,7 @@ def test_the_parts_of_a_batch_are_computed_one_after_the_other() -> None:
     model = linear()
     model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     train(model, batches_of(8, 7), accumulation_steps=4)
-    assert seen == [2, 2, 2, 2, 2, 2, 2, 1]
+    assert seen == [2, 2, 2, 2, 3, 2, 2]  # none of a single example, which BatchNorm cannot take
 
 
 def logits(*rows: tuple[float, ...]) -> Tensor:
@@ -264,7 +264,7 @@ def test_a_step_does_things_in_the_only_correct_order(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("clip_norm", [None, 1.0])
-@pytest.mark.parametrize("chosen", [Sgd(lr=0.1, momentum=0.0), AdamW(lr=0.1)])
+@pytest.mark.parametrize("chosen", [Sgd(lr=0.1), AdamW(lr=0.1)])
 def test_a_step_whose_scaled_gradients_overflow_is_skipped(
     chosen: Optimizer, clip_norm: float | None
 ) -> None:

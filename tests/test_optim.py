@@ -1,6 +1,7 @@
 import io
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from tuneapp.config import (
     Step,
     TrialConfig,
 )
-from tuneapp.models import RESNET, StagedModel
+from tuneapp.errors import ConfigError
+from tuneapp.models import RESNET, StagedModel, build_network
 from tuneapp.optim import build_optimizer, build_schedule, warmup_steps
 
 NAMES = ("stem", "layer1", "layer2", "layer3", "layer4", "head")
@@ -328,3 +330,46 @@ def test_the_warm_up_takes_its_share_of_all_steps_rounded_up(
 ) -> None:
     config = config_of(schedule=schedule, epochs=epochs)
     assert warmup_steps(config, steps_per_epoch) == wanted
+
+
+def test_momentum_is_whole_after_a_first_step_that_float16_skipped(config: TrialConfig) -> None:
+    model = StagedModel(build_network("resnet18", 3), RESNET)
+    model.freeze(5)
+    optimizer = build_optimizer(model, replace(config, optimizer=Sgd(lr=0.1)))
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.zeros(()))  # the scaler begins with its first use
+    for parameter in model.stages[-1].parameters():
+        parameter.grad = torch.full_like(parameter, float("inf"))
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    for state in optimizer.state.values():
+        buffer = state.get("momentum_buffer")
+        assert buffer is None or torch.isfinite(buffer).all()
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 10), (2, 5), (1, 3), (10, 1)])
+def test_one_cycle_can_be_as_short_as_one_likes(
+    epochs: int, steps: int, config: TrialConfig
+) -> None:
+    model = StagedModel(build_network("resnet18", 3), RESNET)
+    model.freeze(5)
+    short = replace(config, epochs=epochs, schedule=OneCycle(pct_start=0.1))
+    optimizer = build_optimizer(model, short)
+    schedule = build_schedule(optimizer, short, steps)
+    rates = []
+    for _ in range(epochs * steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert max(rates) == pytest.approx(0.01)
+    assert rates[0] == pytest.approx(0.01 / 25)
+    with pytest.raises(ConfigError, match="OneCycle needs 3 optimizer steps, this training has 2"):
+        build_schedule(optimizer, replace(short, epochs=2), 1)
+
+
+def test_a_warm_up_of_seven_hundredths_of_a_hundred_steps_takes_seven() -> None:
+    config = TrialConfig(
+        model="resnet18", optimizer=Sgd(lr=1), epochs=10, schedule=Cosine(warmup_fraction=0.07)
+    )
+    assert warmup_steps(config, 10) == 7

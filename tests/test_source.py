@@ -405,3 +405,11 @@ def test_a_folder_called_digits_is_a_folder(
     add_classes(tmp_path / "digits", {"ant": 8, "bee": 8})
     monkeypatch.chdir(tmp_path)
     assert read_images("digits", seed=0).classes == ("ant", "bee")
+
+
+@pytest.mark.parametrize("text", ["", "path,class,split,bytes\n", "path,class,split,bytes\na,b"])
+def test_a_split_that_was_cut_off_is_refused(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "split.csv"
+    file.write_text(text)
+    with pytest.raises(DataError, match=r"split\.csv"):
+        read_split(file, tmp_path, ["b"])

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torchvision.transforms.v2 import functional as TF
 
 import tuneapp
 import tuneapp.data.store as store_module
-from tuneapp.data.source import Example, ImageSet
+from tuneapp.data.source import Example, ImageSet, read_images
 from tuneapp.data.store import Preprocessing, cache_dir, open_store
 from tuneapp.data.views import Batches, evaluation_view
 from tuneapp.errors import DataError
@@ -362,3 +363,11 @@ def test_the_cache_lies_where_the_environment_says(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert cache_dir() == Path(wanted.format(home=home))
+
+
+def test_an_image_that_has_gone_is_named(make_photos: Callable[..., Path], tmp_path: Path) -> None:
+    images = read_images(str(make_photos(tmp_path / "photos")), seed=0)
+    (gone,) = images.of("train")[:1]
+    (tmp_path / "photos" / gone.path).unlink()
+    with pytest.raises(DataError, match=gone.path):
+        open_store(images, Preprocessing(32, 32, "bilinear", (0.5,) * 3, (0.5,) * 3))

@@ -1,4 +1,5 @@
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +127,19 @@ def test_the_silent_twin_takes_the_same_calls(tmp_path: Path, monkeypatch: Any) 
         tracker.epoch(row)
     tracker.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_epoch_can_be_seen_soon_after_it_was_written(tmp_path: Path) -> None:
+    tracker = TensorBoardTracker(tmp_path, {}, RunSettings(), [])
+    for epoch in (1, 2, 3):
+        tracker.epoch({"epoch": epoch, "val/accuracy": 0.1 * epoch})
+    deadline = time.monotonic() + 20
+    seen = 0
+    while seen < 3 and time.monotonic() < deadline:
+        time.sleep(0.1)
+        events = EventAccumulator(str(tmp_path)).Reload()
+        seen = (
+            len(events.Scalars("val/accuracy")) if "val/accuracy" in events.Tags()["scalars"] else 0
+        )
+    tracker.close()
+    assert seen == 3

@@ -548,3 +548,17 @@ def test_a_trial_without_a_folder_leaves_no_file(
     monkeypatch.chdir(tmp_path)
     run_trial(replace(config, epochs=1), run, ignore)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_table_of_epochs_is_whole_after_a_kill_between_checkpoint_and_table(
+    config: TrialConfig, run: TrialRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(file: Path, history: object) -> None:
+        raise KeyboardInterrupt
+
+    in_folder = replace(run, folder=tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trial, "_write_table", killed)
+        run_trial(config, in_folder, lambda row: None)
+    run_trial(config, in_folder, lambda row: None, resume_from=tmp_path / "checkpoints")
+    assert len((tmp_path / "epochs.csv").read_text().splitlines()) == 1 + config.epochs

@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import socket
 import threading
@@ -431,7 +432,7 @@ def test_named_weights_without_network_are_an_error_that_says_where_to_put_the_f
     with pytest.raises(WeightsError) as caught:
         find_weights("resnet18", asked)
     assert f"put the file at {torch_home / GOOD_NAME}" in str(caught.value)
-    assert "cannot be reached" in str(caught.value)
+    assert "cannot be fetched" in str(caught.value)
 
 
 @pytest.mark.usefixtures("offline")
@@ -485,7 +486,8 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
         ("resnet18", None, 448, None, (512, 448)),
         # The embedded scans are framed already: enlarged, nothing cropped away.
         ("resnet18", None, None, 32, (32, 32)),
-        ("resnet18", "DEFAULT", 64, 32, (73, 64)),
+        # Scans of one size are framed already: nothing is cropped away.
+        ("resnet18", "DEFAULT", 64, 32, (64, 64)),
         ("resnet18", "DEFAULT", 224, 32, (256, 224)),
     ],
 )
@@ -503,3 +505,75 @@ def test_images_are_prepared_as_the_weights_were_evaluated(
 def test_the_embedded_scans_say_their_size_and_folders_do_not() -> None:
     assert ImageSet(None, ("0", "1"), ()).native_size == 32
     assert ImageSet(Path("x"), ("0", "1"), ()).native_size is None
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("resnet50", "resnet18"), ("resnext50_32x4d", "wide_resnet50_2"), ("resnet34", "resnet50")],
+)
+def test_a_relative_of_the_network_is_another_network(
+    theirs: str, ours: str, tmp_path: Path
+) -> None:
+    # Most of their tensors have the same names and shapes.
+    file = tmp_path / "weights.pth"
+    torch.save(build_network(theirs, 3).state_dict(), file)
+    with pytest.raises(WeightsError, match="it belongs to another network"):
+        load_weights(build_network(ours, 3), ours, file)
+
+
+def test_a_date_in_the_name_of_a_user_s_file_is_no_hash(tmp_path: Path) -> None:
+    file = tmp_path / "best-20240131.pt"
+    torch.save(build_network("resnet18", 3).state_dict(), file)
+    assert len(load_weights(build_network("resnet18", 3), "resnet18", file).loaded) == 122
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\nhalf a chunk",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\ntoo little",
+        b"nothing like HTTP\r\n\r\n",
+        b"",
+    ],
+    ids=["chunk cut off", "body cut off", "no status", "nothing"],
+)
+def test_a_broken_answer_is_an_error_of_the_weights(answer: bytes, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            connection.recv(4096)
+            connection.sendall(answer)
+            connection.close()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        port = server.getsockname()[1]
+        with pytest.raises(WeightsError, match=r"127\.0\.0\.1"):
+            fetch(f"http://127.0.0.1:{port}/tiny.pth", tmp_path / "tiny.pth", 5)
+        thread.join()
+    assert not list(tmp_path.glob("*.pth"))
+    assert not list(tmp_path.glob(".tiny.pth.*"))
+
+
+def test_a_server_that_drips_does_not_outlast_the_limit(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            connection.recv(4096)
+            with contextlib.suppress(OSError):
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
+                for _ in range(100):
+                    connection.sendall(b"drip")
+                    time.sleep(0.05)
+            connection.close()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        port = server.getsockname()[1]
+        start = time.monotonic()
+        with pytest.raises(WeightsError, match=r"took longer than 0\.3 s"):
+            fetch(f"http://127.0.0.1:{port}/tiny.pth", tmp_path / "tiny.pth", 0.3)
+        assert time.monotonic() - start < 3
+        thread.join()

@@ -9,10 +9,20 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
+from torch import optim
 from torch.optim.lr_scheduler import LRScheduler, SequentialLR
 
-from tuneapp.config import Constant, Cosine, OneCycle, Schedule, Step, TrialConfig
+from tuneapp.config import (
+    Amp,
+    Constant,
+    Cosine,
+    OneCycle,
+    Optimizer,
+    Schedule,
+    Sgd,
+    Step,
+    TrialConfig,
+)
 from tuneapp.errors import AppliedValueError
 from tuneapp.loop import EpochMetrics, Precision
 from tuneapp.models import StagedModel, count_parameters, stage_lrs
@@ -23,6 +33,7 @@ _SCHEDULE_CLASSES: dict[type[Schedule], str] = {
     Cosine: "CosineAnnealingLR",
     OneCycle: "OneCycleLR",
 }
+_OPTIONS = ("momentum", "nesterov", "betas", "weight_decay")
 _OPTIMIZER_CLASSES = {"Sgd": "SGD", "Adam": "Adam", "AdamW": "AdamW"}
 
 
@@ -33,7 +44,8 @@ class Applied:
     Attributes:
         lr: peak learning rate of each trained stage.
         optimizer: class name.
-        weight_decay: of all groups; NaN-free, in torch's meaning for that optimizer.
+        options: momentum, betas, weight decay and the like, by torch's names; a list where the
+            groups differ, which they must not.
         schedule: class name of what follows the warm-up.
         warmup_steps: optimizer steps of the warm-up.
         trainable_parameters: numbers that the optimizer changes.
@@ -47,7 +59,7 @@ class Applied:
 
     lr: dict[str, float]
     optimizer: str
-    weight_decay: float
+    options: dict[str, Any]
     schedule: str
     warmup_steps: int
     trainable_parameters: int
@@ -65,7 +77,7 @@ class Applied:
 
 def read_back(
     model: StagedModel,
-    optimizer: Optimizer,
+    optimizer: optim.Optimizer,
     schedule: LRScheduler,
     batch_size: int,
     precision: Precision,
@@ -82,7 +94,9 @@ def read_back(
     return Applied(
         lr={g["name"]: float(g.get("max_lr", g["initial_lr"])) for g in groups},
         optimizer=type(optimizer).__name__,
-        weight_decay=max(float(g["weight_decay"]) for g in groups),
+        options={
+            name: _common([g[name] for g in groups]) for name in _OPTIONS if name in groups[0]
+        },
         schedule=type(main).__name__,
         warmup_steps=warmup,
         trainable_parameters=sum(p.numel() for p in parameters if id(p) in held),
@@ -114,7 +128,7 @@ def require_applied(
     frozen = model.stages[: config.freeze_depth]
     wanted = {
         "optimizer": _OPTIMIZER_CLASSES[kind],
-        "weight_decay": config.optimizer.weight_decay,
+        "options": _wanted_options(config.optimizer),
         "schedule": _SCHEDULE_CLASSES[type(config.schedule)],
         "warmup_steps": warmup_steps,
         "trainable_parameters": count_parameters(trained),
@@ -125,6 +139,8 @@ def require_applied(
     }
     got = applied.as_dict()
     wrong = [f"{k} is {got[k]!r}, not {v!r}" for k, v in wanted.items() if got[k] != v]
+    if applied.precision not in _allowed_precisions(config.amp, device):
+        wrong.append(f"precision is {applied.precision}, with amp={config.amp!r}")
     lrs = stage_lrs(config)
     if applied.lr.keys() != lrs.keys():
         wrong.append(f"the trained stages are {list(applied.lr)}, not {list(lrs)}")
@@ -144,13 +160,35 @@ def require_batches(metrics: EpochMetrics, config: TrialConfig, examples: int, s
         AppliedValueError: their size or number is not what was asked.
     """
     # A single leftover example joins the batch before it.
-    allowed = {min(config.batch_size, examples), min(config.batch_size + 1, examples)}
+    leftover = examples > config.batch_size and examples % config.batch_size == 1
     wrong = []
-    if metrics.largest_batch not in allowed:
+    if metrics.largest_batch != min(config.batch_size, examples) + leftover:
         wrong.append(f"batch_size is {metrics.largest_batch}, not {config.batch_size}")
     if metrics.steps != steps:
         wrong.append(f"an epoch took {metrics.steps} steps, not {steps}")
     _raise(wrong)
+
+
+def _common(values: list[Any]) -> Any:
+    """Return the one value of all groups, or else all values."""
+    return values[0] if all(v == values[0] for v in values) else values
+
+
+def _wanted_options(optimizer: Optimizer) -> dict[str, Any]:
+    if isinstance(optimizer, Sgd):
+        return {
+            "momentum": optimizer.momentum,
+            "nesterov": optimizer.nesterov,
+            "weight_decay": optimizer.weight_decay,
+        }
+    betas = (optimizer.beta1, optimizer.beta2)
+    return {"betas": betas, "weight_decay": optimizer.weight_decay}
+
+
+def _allowed_precisions(amp: Amp, device: torch.device) -> tuple[str, ...]:
+    if amp == "auto":
+        return ("float32",) if device.type == "cpu" else ("bfloat16", "float16")
+    return ({"bf16": "bfloat16", "fp16": "float16", "off": "float32"}[amp],)
 
 
 def _raise(wrong: list[str]) -> None:

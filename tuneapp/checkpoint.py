@@ -5,10 +5,10 @@ best epoch with their SHA-256, and replacing it is the moment at which a save co
 old files are complete, after it the new one is. Files are read as plain tensors and values only.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
+import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,8 +66,9 @@ class TrainState:
         entry = {"file": name, "epoch": self.epoch, "sha256": _sha256(folder / name)}
         best = entry if self.best_epoch == self.epoch else manifest.get("best", entry)
         write_json(folder / MANIFEST, {"last": entry, "best": best})
-        for file in folder.glob("epoch-*.pt"):
-            if file.name not in (entry["file"], best["file"]):
+        kept = (entry["file"], best["file"], MANIFEST)
+        for file in folder.iterdir():  # older epochs, and what a killed save left half-written
+            if file.name not in kept:
                 file.unlink(missing_ok=True)
 
     def load(self, folder: Path) -> bool:
@@ -78,9 +79,7 @@ class TrainState:
         """
         manifest = _read_manifest(folder)
         for kind in ("last", "best"):
-            if kind not in manifest:
-                continue
-            content = _read_intact(folder, manifest[kind])
+            content = _read_intact(folder, manifest[kind]) if manifest else None
             if content is not None:
                 self._restore(content, folder)
                 return True
@@ -135,10 +134,13 @@ def read_best(folder: Path) -> dict[str, Any]:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
+    try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if isinstance(manifest, dict):
-            return manifest
+        return {kind: dict(manifest[kind]) for kind in ("last", "best")}
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        log.warning("%s is damaged (%s): its checkpoints are not used", folder / MANIFEST, error)
     return {}
 
 
@@ -149,7 +151,7 @@ def _read_intact(folder: Path, entry: dict[str, Any]) -> dict[str, Any] | None:
             content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
             return content
         log.warning("%s is damaged (its SHA-256 is not the manifest's): falling back", file)
-    except OSError as error:
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         log.warning("%s cannot be read (%s): falling back", file, error)
     return None
 

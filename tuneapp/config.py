@@ -230,8 +230,8 @@ class TrialConfig(_Checked):
         image_size: height and width in pixels that the network sees; None is what the weights
             were evaluated at (embedded data: 32).
         clip_norm: gradients are scaled down to this total 2-norm; None leaves them.
-        accumulation_steps: a batch is computed in so many equal parts, to need less memory; the
-            optimizer still steps once per batch.
+        accumulation_steps: a batch is computed in so many parts (of two examples at least), to
+            need less memory; the optimizer still steps once per batch.
         amp: automatic mixed precision: `auto` is bf16 or fp16 on a GPU and off on a CPU.
         seed: a repeat of the same configuration with another draw of head weights and dropout.
     """

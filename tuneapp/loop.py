@@ -4,8 +4,10 @@ Nothing inside a step waits for the device: losses and gradient norms stay there
 read once per `READ_EVERY` steps, which is also when a loss that is not finite is noticed.
 """
 
+import contextlib
 import math
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -79,6 +81,15 @@ class EvalMetrics:
     accuracy: float
 
 
+@contextlib.contextmanager
+def _quiet_about_skipped_steps() -> Iterator[None]:
+    """A first step that overflows float16 is skipped; torch then blames the order of the calls."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+        yield
+
+
+@_quiet_about_skipped_steps()
 def train_one_epoch(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -99,7 +110,8 @@ def train_one_epoch(
         loss_fn: logits and labels to their mean loss.
         epoch: from 1; only told in errors.
         clip_norm: largest total 2-norm of the gradients; None does not clip.
-        accumulation_steps: parts in which each batch is computed.
+        accumulation_steps: parts in which each batch is computed; fewer where they would hold
+            less than two examples.
 
     Raises:
         Diverged: the loss became NaN or infinite.
@@ -111,7 +123,9 @@ def train_one_epoch(
     for images, labels in meter.timed(batches):
         optimizer.zero_grad(set_to_none=True)
         batch_loss = torch.zeros((), device=labels.device)
-        parts = zip(images.chunk(accumulation_steps), labels.chunk(accumulation_steps), strict=True)
+        # Two examples at least in a part: BatchNorm cannot be trained on one with one pixel left.
+        num_parts = max(1, min(accumulation_steps, len(labels) // 2))
+        parts = zip(images.tensor_split(num_parts), labels.tensor_split(num_parts), strict=True)
         for part, part_labels in parts:
             with precision.autocast():
                 # Each part weighs by its examples, so the sum is the mean over the batch.

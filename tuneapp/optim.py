@@ -2,7 +2,8 @@
 
 One parameter group per trained stage, named after it, at the learning rate that `stage_lrs` says.
 Every schedule is stepped once after each optimizer step; what torch counts in epochs is given to
-it in steps. The optimizers are torch's fused ones (`benchmarks/optimizer_step.py` says why).
+it in steps. Adam and AdamW are torch's fused ones (`benchmarks/optimizer_step.py` says why). SGD is
+not: where float16 overflows in its first step, the fused one leaves its momentum uninitialised.
 """
 
 import math
@@ -20,6 +21,7 @@ from torch.optim.lr_scheduler import (
 )
 
 from tuneapp.config import Adam, AdamW, Constant, Cosine, OneCycle, Sgd, Step, TrialConfig
+from tuneapp.errors import ConfigError
 from tuneapp.models import StagedModel, stage_lrs
 
 WARMUP_START = 0.01
@@ -42,7 +44,6 @@ def build_optimizer(model: StagedModel, config: TrialConfig) -> optim.Optimizer:
                 momentum=chosen.momentum,
                 nesterov=chosen.nesterov,
                 weight_decay=chosen.weight_decay,
-                fused=True,
             )
         case AdamW() | Adam():  # AdamW is an Adam: its own class must be asked for first
             kind = optim.AdamW if isinstance(chosen, AdamW) else optim.Adam
@@ -64,11 +65,16 @@ def build_schedule(
     total = config.epochs * steps_per_epoch
     chosen = config.schedule
     if isinstance(chosen, OneCycle):
+        if total < 3:
+            raise ConfigError(
+                f"schedule OneCycle needs 3 optimizer steps, this training has {total}"
+            )
         return OneCycleLR(
             optimizer,
             max_lr=[group["lr"] for group in optimizer.param_groups],
             total_steps=total,
-            pct_start=chosen.pct_start,
+            # Its rise divides by its steps less one.
+            pct_start=chosen.pct_start if chosen.pct_start * total > 1 else 2 / total,
             div_factor=chosen.div_factor,
             final_div_factor=chosen.final_div_factor,
             cycle_momentum=False,
@@ -86,7 +92,7 @@ def warmup_steps(config: TrialConfig, steps_per_epoch: int) -> int:
     """Return how many optimizer steps the linear warm-up takes, rounded up."""
     fraction = getattr(config.schedule, "warmup_fraction", 0.0)
     total = config.epochs * steps_per_epoch
-    return min(math.ceil(fraction * total), total - 1)
+    return min(math.ceil(fraction * total - 1e-9), total - 1)  # 0.07 * 100 is a bit above 7
 
 
 def _main_schedule(

@@ -48,7 +48,8 @@ class TensorBoardTracker:
         """Write the event file in `folder` anew, with the epochs of `history` in it."""
         for old in folder.glob("events.out.tfevents.*"):
             old.unlink()
-        self._writer = SummaryWriter(str(folder))
+        # tensorboardX writes from a thread of its own, by default every two minutes.
+        self._writer = SummaryWriter(str(folder), flush_secs=1)
         self._metric, self._mode = settings.metric, settings.mode
         self._best: float | None = None
         # HParams shows the newest value of a tag, so the tag that it is given is the running best.

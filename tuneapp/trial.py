@@ -8,7 +8,7 @@ import csv
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,6 +203,8 @@ def _open_folder(run: TrialRun, config: TrialConfig, state: TrainState) -> Track
         return NoTracker()
     run.folder.mkdir(parents=True, exist_ok=True)
     write_json(run.folder / "config.json", {"params": dict(run.params), **config.as_dict()})
+    if state.history:  # the table may lack the epoch in which the trial was interrupted
+        _write_table(run.folder / "epochs.csv", state.history)
     return TensorBoardTracker(run.folder, run.params, run.settings, state.history)
 
 
@@ -222,12 +224,15 @@ def _record(state: TrainState, row: Row, run: TrialRun) -> None:
         state.best_epoch = row["epoch"]
     if run.folder is None:
         return
-
-    def write_table(aside: Path) -> None:
-        with aside.open("w", encoding="utf-8", newline="") as out:
-            rows = csv.DictWriter(out, fieldnames=list(row))
-            rows.writeheader()
-            rows.writerows(state.history)
-
     state.save(run.folder / "checkpoints")
-    write_atomically(run.folder / "epochs.csv", write_table)
+    _write_table(run.folder / "epochs.csv", state.history)
+
+
+def _write_table(file: Path, history: Sequence[Row]) -> None:
+    def write(aside: Path) -> None:
+        with aside.open("w", encoding="utf-8", newline="") as out:
+            rows = csv.DictWriter(out, fieldnames=list(history[0]))
+            rows.writeheader()
+            rows.writerows(history)
+
+    write_atomically(file, write)

@@ -5,9 +5,11 @@ checked against the hash in its name each time it is read.
 """
 
 import hashlib
+import http.client
 import logging
 import os
 import re
+import secrets
 import time
 import urllib.error
 import urllib.request
@@ -19,7 +21,7 @@ from typing import Any
 
 import torch
 import torchvision
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from tuneapp.data.store import Preprocessing
@@ -112,7 +114,7 @@ def preprocessing_of(
     size = image_size or native_size
     if size is None or size == own.crop_size:
         return own
-    if image_size is None:  # scans of one size, framed already: nothing is cropped away
+    if native_size is not None:  # scans of one size, framed already: nothing is cropped away
         resize = size
     else:
         resize = max(size, round(size * own.resize_size / own.crop_size))
@@ -146,7 +148,7 @@ def load_weights(network: nn.Module, model: str, file: Path) -> LoadReport:
 
     Raises:
         WeightsError: the file is damaged, is not a state_dict, holds numbers that are not finite,
-            or fits less than half of the backbone.
+            has backbone tensors of another shape, or fits less than half of the backbone.
     """
     state = read_state_dict(file, file.stat().st_mtime_ns)
     own = network.state_dict()
@@ -159,13 +161,15 @@ def load_weights(network: nn.Module, model: str, file: Path) -> LoadReport:
         missing=tuple(k for k in own if k not in state),
         unexpected=tuple(k for k in state if k not in own),
     )
-    backbone = [k for k in own if not k.startswith(head)]
-    share = sum(k in fitting for k in backbone) / len(backbone)
-    if share < 0.5:
+    backbone = {k: v.numel() for k, v in own.items() if not k.startswith(head)}
+    share = sum(n for k, n in backbone.items() if k in fitting) / sum(backbone.values())
+    if share < 0.5 or any(k in backbone for k in report.other_shape):
         raise WeightsError(
             f"{file} fits {share:.0%} of {model}'s backbone: it belongs to another network "
             f"({report})"
         )
+    if share < 1:
+        log.warning("%s fits %.0f %% of %s's backbone: %s", file, 100 * share, model, report)
     log.info("weights %s: %s", file, report)
     return report
 
@@ -181,7 +185,8 @@ def read_state_dict(file: Path, changed_ns: int) -> Mapping[str, Tensor]:
     Raises:
         WeightsError: see `load_weights`.
     """
-    _check_hash(file)
+    if file.parent == _hub_dir():
+        _check_hash(file, file.name)
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -214,34 +219,37 @@ def fetch(url: str, file: Path, limit_s: float | None) -> None:
         WeightsError: the server cannot be reached, is too slow, or sent something else.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(file.with_name(file.name + ".lock")):
-        if file.is_file():
-            return
-        aside = file.with_name(f".{file.name}.{os.getpid()}")
-        deadline = None if limit_s is None else time.monotonic() + limit_s
-        try:
-            with (
-                urllib.request.urlopen(url, timeout=SILENCE_S) as answer,
-                aside.open("wb") as out,
-            ):
-                while block := answer.read(1 << 20):
+    aside = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    deadline = None if limit_s is None else time.monotonic() + limit_s
+    lock = FileLock(file.with_name(file.name + ".lock"), timeout=-1 if limit_s is None else limit_s)
+    try:
+        with lock:
+            if file.is_file():
+                return
+            with urllib.request.urlopen(url, timeout=SILENCE_S) as answer, aside.open("wb") as out:
+                while block := answer.read1(1 << 16):  # what has come, and no waiting for more
                     out.write(block)
                     if deadline is not None and time.monotonic() > deadline:
-                        raise WeightsError(f"{url} took longer than {limit_s:.0f} s")
-            _check_hash(aside, named=file.name)
+                        raise WeightsError(f"{url} took longer than {limit_s:g} s")
+                length = answer.headers.get("Content-Length")
+                if length is not None and out.tell() != int(length):
+                    raise WeightsError(f"{url} ended after {out.tell()} of {length} bytes")
+            _check_hash(aside, file.name)
             aside.replace(file)
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-            reason = getattr(error, "reason", None) or error
-            raise WeightsError(f"{url} cannot be reached ({reason})") from None
-        finally:
-            aside.unlink(missing_ok=True)
+    except Timeout:
+        raise WeightsError(f"another process has been fetching {url} for {limit_s:g} s") from None
+    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
+        reason = getattr(error, "reason", None) or error or type(error).__name__
+        raise WeightsError(f"{url} cannot be fetched ({reason})") from None
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _cached_or_fetched(entry: Any, limit_s: float | None) -> Path:
     url = str(entry.url)
-    file = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+    file = _hub_dir() / url.rsplit("/", 1)[-1]
     if file.is_file():
-        _check_hash(file)
+        _check_hash(file, file.name)
         return file
     try:
         fetch(url, file, limit_s)
@@ -250,17 +258,21 @@ def _cached_or_fetched(entry: Any, limit_s: float | None) -> Path:
     return file
 
 
-def _check_hash(file: Path, named: str | None = None) -> None:
-    """Compare a file with the hash that torchvision puts into its names, where there is one."""
-    wanted = _HASH_IN_NAME.search(named or file.name)
+def _hub_dir() -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def _check_hash(file: Path, name: str) -> None:
+    """Compare a file with the hash that torchvision puts into `name`, where there is one."""
+    wanted = _HASH_IN_NAME.search(name)
     if wanted is None:
         return
     with file.open("rb") as content:
         got = hashlib.file_digest(content, "sha256").hexdigest()
     if not got.startswith(wanted[1]):
         raise WeightsError(
-            f"{file} is damaged: its SHA-256 begins with {got[:8]}, its name says {wanted[1]}; "
-            "delete it"
+            f"{file.with_name(name)} is damaged: its SHA-256 begins with {got[:8]}, its name says "
+            f"{wanted[1]}; delete it if it is there, and try again"
         )
 
 

@@ -57,7 +57,7 @@ class ImageSet:
     Attributes:
         root: the folder of the images; None for the embedded scans.
         classes: class names in the order of their labels.
-        examples: every image, sorted by split and path.
+        examples: every image; within a split, sorted by path.
     """
 
     root: Path | None
@@ -84,7 +84,9 @@ class ImageSet:
         path = self.root / example.path
         try:
             with Image.open(path) as image:
-                return ImageOps.exif_transpose(image).convert("RGB")
+                turned = ImageOps.exif_transpose(image)
+                # By way of RGBA, or Pillow warns of palettes with transparency.
+                return (turned.convert("RGBA") if turned.mode == "P" else turned).convert("RGB")
         except UnidentifiedImageError:
             raise DataError(f"{path} is not an image") from None
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -151,8 +153,10 @@ def read_split(file: Path, root: Path | None, classes: Sequence[str]) -> ImageSe
                 Example(row["path"], labels[row["class"]], row["split"], int(row["bytes"]))
                 for row in csv.DictReader(text)
             )
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, TypeError) as error:
         raise DataError(f"{file} cannot be read as a split: {error}") from None
+    if not examples:
+        raise DataError(f"{file} names no image")
     return ImageSet(root, tuple(classes), examples)
 
 

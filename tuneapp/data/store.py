@@ -112,7 +112,10 @@ def _key(images: ImageSet, examples: Sequence[Example], preprocessing: Preproces
         ).encode()
     )
     for e in examples:
-        changed_ns = 0 if images.root is None else (images.root / e.path).stat().st_mtime_ns
+        try:
+            changed_ns = 0 if images.root is None else (images.root / e.path).stat().st_mtime_ns
+        except OSError as error:
+            raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
         said.update(f"{e.path!r} {e.num_bytes} {changed_ns}\n".encode())
     return said.hexdigest()[:20]
 
