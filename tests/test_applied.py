@@ -87,6 +87,7 @@ def test_what_is_applied_is_read_back_field_by_field(network: nn.Module) -> None
         "warmup_steps": 6,
         "trainable_parameters": LAYER4 + HEAD,
         "frozen_parameters": WHOLE - LAYER4 - HEAD,
+        "frozen_held": 0,
         "frozen_training": (),
         "batch_size": 24,
         "device": "cpu",
@@ -273,6 +274,16 @@ def copy_parameters(optimizer: torch.optim.Optimizer) -> None:
         group["params"] = [nn.Parameter(p.detach().clone()) for p in group["params"]]
 
 
+def swap_parameters(optimizer: torch.optim.Optimizer) -> None:
+    first, last = optimizer.param_groups[0], optimizer.param_groups[-1]
+    first["params"], last["params"] = last["params"], first["params"]
+
+
+def hold_frozen(model: StagedModel) -> None:
+    # Frozen by its flag, yet in a group of the optimizer, whose weight decay would change it.
+    model.network.layer4[1].conv2.weight.requires_grad_(False)
+
+
 def set_rate(optimizer: torch.optim.Optimizer, group: int, lr: float) -> None:
     optimizer.param_groups[group]["lr"] = lr
 
@@ -291,6 +302,11 @@ BROKEN = {
         changed_optimizer(lambda o: o.param_groups[0].update(betas=(0.5, 0.999))),
         r"options is \{'betas': \[\(0.5, 0.999\), \(0.9, 0.999\)\]",
     ),
+    "rates of two stages swapped": (
+        changed_optimizer(swap_parameters),
+        "lr of layer4 is 0.01, not 0.005; lr of head is 0.005, not 0.01",
+    ),
+    "frozen parameter in a group": (changed_model(hold_frozen), "frozen_held is 2359296, not 0"),
     "other schedule": (changed_config("build_schedule", schedule=Constant()), "'ConstantLR'"),
     "warm-up forgotten": (changed_config("build_schedule", schedule=Cosine()), "warmup_steps is 0"),
     "stage thawed": (changed_model(lambda m: m.freeze(3)), "frozen_parameters"),

@@ -11,9 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.conftest import SMALL_SPACE, read_ledger
 from tuneapp.cli import main
+from tuneapp.data.store import open_store
+from tuneapp.data.views import Batches, evaluation_view
+from tuneapp.loop import Precision, evaluate
+from tuneapp.prepare import load_model, read_run_images
+from tuneapp.rundir import open_run
+from tuneapp.weights import preprocessing_of
 
 Start = Callable[..., subprocess.Popen[str]]
 ROOT = Path(__file__).parent.parent
@@ -240,3 +247,54 @@ def test_a_taken_name_and_a_run_in_use_are_refused(
     holder.kill()
     holder.communicate()
     assert (run / "ledger.jsonl").read_bytes() == before
+
+
+@pytest.mark.timeout(120)
+def test_train_from_takes_over_the_split_though_photos_have_come_since(
+    make_photos: Callable[..., Path],
+    small_space: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = make_photos(tmp_path / "photos")
+    words = ["train", str(small_space), "--data", str(folder), "--epochs", "1"]
+    assert main([*words, "--name", "first"]) == 0
+    for image in list(folder.rglob("*.png")):
+        image.with_name(f"new-{image.name}").write_bytes(image.read_bytes())
+    assert main(["train", "--from", "runs/first", "--name", "again"]) == 0
+    first, again = tmp_path / "runs/first", tmp_path / "runs/again"
+    assert (again / "split.csv").read_bytes() == (first / "split.csv").read_bytes()
+    assert rows_of(again, "t0001") == rows_of(first, "t0001")
+    capsys.readouterr()
+    assert main(["train", "--from", "runs/first", "--metric", "val/loss", "--name", "other"]) == 0
+    assert "best      t0001: val/loss" in capsys.readouterr().out
+    assert (tmp_path / "runs/other/split.csv").read_bytes() != (first / "split.csv").read_bytes()
+    # What cannot have an effect is refused, not ignored.
+    assert main([*words, "--trial", "t0001"]) == 2
+    assert main(["resume", "runs/first", "--dashboard"]) == 2
+    assert "without Ray" in capsys.readouterr().err
+
+
+def test_the_best_epoch_of_a_run_is_a_model_to_use(
+    photos: Path, small_space: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", str(small_space), "--data", str(photos), "--name", "one"]) == 0
+    rows = rows_of(tmp_path / "runs/one", "t0001")
+    model = load_model(tmp_path / "runs/one", "t0001")
+    assert not model.training
+    run, record = open_run(tmp_path / "runs/one")
+    images = read_run_images(run, record)
+    preprocessing = preprocessing_of("resnet18", None, 32, None)
+    batches = Batches(
+        open_store(images, preprocessing),
+        "val",
+        view=evaluation_view(preprocessing),
+        preprocessing=preprocessing,
+        batch_size=8,
+        device=torch.device("cpu"),
+    )
+    scores = evaluate(model, batches.epoch(1), Precision("cpu", torch.float32))
+    assert scores.accuracy == max(r["val/accuracy"] for r in rows)

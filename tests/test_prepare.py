@@ -51,7 +51,7 @@ def prepared_of(space, data, **settings):
 def record_of(prepared, **more):
     return RunRecord(
         kind="sweep",
-        space_name=prepared.space.name,
+        space_path=str(prepared.space.path),
         settings=prepared.settings,
         image_root=None if prepared.images.root is None else str(prepared.images.root),
         classes=prepared.images.classes,
@@ -193,7 +193,7 @@ def test_a_trial_assembled_from_the_run_directory_is_the_one_that_was_prepared(t
     space = make(tmp_path, {"plain": {}, "deep": {"freeze_depth": 5, "epochs": 9}})
     prepared, _ = prepared_of(space, photos, max_epochs=4, seed=3)
     run = create_run(tmp_path / "runs", None, space.name)
-    lay_out(run, prepared, record_of(prepared, cpus_per_trial=2))
+    lay_out(run, prepared.space, prepared.images, record_of(prepared, cpus_per_trial=2))
     assert run.space_file.read_text(encoding="utf-8") == space.text
     # From here on the run directory is all there is.
     space.path.write_text("def search_space(trial):\n    raise RuntimeError('edited since')\n")
@@ -214,14 +214,14 @@ def test_a_trial_assembled_from_the_run_directory_is_the_one_that_was_prepared(t
 def test_the_embedded_data_come_back_from_a_run_directory_as_they_were(tmp_path):
     prepared, _ = prepared_of(make(tmp_path), "digits", seed=1)
     run = create_run(tmp_path, "run", "mine")
-    lay_out(run, prepared, record_of(prepared))
+    lay_out(run, prepared.space, prepared.images, record_of(prepared))
     assert read_run_images(*open_run(run.path)) == prepared.images
 
 
 def test_laying_out_writes_the_three_files_and_nothing_beside_them(tmp_path, photos):
     prepared, _ = prepared_of(make(tmp_path), photos)
     run = create_run(tmp_path, "run", "mine")
-    lay_out(run, prepared, record_of(prepared))
+    lay_out(run, prepared.space, prepared.images, record_of(prepared))
     assert sorted(p.name for p in run.path.iterdir()) == ["run.json", "space.py", "split.csv"]
 
 
@@ -230,24 +230,24 @@ def test_a_run_goes_on_with_unchanged_images_only(tmp_path, make_photos):
     space = make(tmp_path)
     prepared, _ = prepared_of(space, folder)
     run = create_run(tmp_path, "run", "mine")
-    lay_out(run, prepared, record_of(prepared))
-    check_again(*open_run(run.path), space)
+    lay_out(run, prepared.space, prepared.images, record_of(prepared))
+    check_again(*open_run(run.path), space.branches())
     image = next(folder.rglob("*.png"))
     kept = tmp_path / "kept.png"
     shutil.move(image, kept)
     with pytest.raises(DataError, match=rf"1 of 18 images .*{image.name}; put them back"):
-        check_again(*open_run(run.path), space)
+        check_again(*open_run(run.path), space.branches())
     shutil.move(kept, image)
-    check_again(*open_run(run.path), space)
+    check_again(*open_run(run.path), space.branches())
     image.write_bytes(image.read_bytes() + b"\0")
     with pytest.raises(DataError, match=r"1 of 18 images .* are gone or have changed"):
-        check_again(*open_run(run.path), space)
+        check_again(*open_run(run.path), space.branches())
 
 
 def test_a_run_without_its_split_cannot_be_read(tmp_path, photos):
     prepared, _ = prepared_of(make(tmp_path), photos)
     run = RunDir(tmp_path)
-    lay_out(run, prepared, record_of(prepared))
+    lay_out(run, prepared.space, prepared.images, record_of(prepared))
     run.split_file.unlink()
     with pytest.raises(DataError, match=r"split\.csv cannot be read as a split"):
         assemble(*open_run(run.path), "t0001", PARAMS, has_gpu=False)

@@ -22,7 +22,7 @@ from tuneapp.rundir import (
 
 RECORD = RunRecord(
     kind="sweep",
-    space_name="resnet",
+    space_path="resnet.py",
     settings=RunSettings(data="photos", seed=3, metric="val/loss", max_epochs=2, image_size=32),
     image_root="/somewhere/photos",
     classes=("a", "ü"),

@@ -413,3 +413,23 @@ def test_a_split_that_was_cut_off_is_refused(text: str, tmp_path: Path) -> None:
     file.write_text(text)
     with pytest.raises(DataError, match=r"split\.csv"):
         read_split(file, tmp_path, ["b"])
+
+
+def test_split_folders_are_known_in_any_case(
+    make_photos: Callable[..., Path], tmp_path: Path
+) -> None:
+    root = make_photos(tmp_path / "photos", per_class=4, split=True)
+    for name in ("train", "val", "test"):
+        (root / name).rename(root / name.upper())
+    images = read_images(str(root), seed=0)
+    assert images.classes == ("blue", "green", "red")
+    assert {e.path.split("/")[0] for e in images.of("test")} == {"TEST"}
+
+
+def test_a_split_without_training_images_is_no_folder_of_classes(
+    make_photos: Callable[..., Path], tmp_path: Path
+) -> None:
+    root = make_photos(tmp_path / "photos", per_class=4, split=True)
+    (root / "train").rename(root / "a")
+    with pytest.raises(DataError, match="has val/ and no train/"):
+        read_images(str(root), seed=0)

@@ -210,7 +210,7 @@ def test_the_epochs_of_a_proposal_are_under_the_ceiling_of_the_run(opened):
 def test_suggestions_are_those_of_the_seed(opened):
     def suggested(seed, name):
         study = opened(settings=RunSettings(seed=seed), name=name)
-        study.want(15)  # the last ones are modelled on the first ten
+        study.want(15)  # the last ones are modelled on the first
         return [p.params for p in work_off(study)]
 
     first = suggested(1, "a")
@@ -223,7 +223,7 @@ def test_suggestions_are_those_of_the_seed(opened):
 def test_the_sampler_learns_from_what_it_is_told(opened):
     # Random search has every second trial on either side; a model soon knows the better one.
     study = opened()
-    study.want(40)
+    study.want(60)
     proposals = []
     while (proposal := study.propose()) is not None:
         proposals.append(proposal)
@@ -231,8 +231,8 @@ def test_the_sampler_learns_from_what_it_is_told(opened):
         for epoch in (1, 2, 3):
             study.record_epoch(proposal.trial_id, row(epoch, 0.9 if good else 0.1))
         study.complete(proposal.trial_id)
-    later = [p.params["optimizer"] for p in proposals[20:]]
-    assert later.count("sgd") >= 15
+    later = [p.params["optimizer"] for p in proposals[30:]]
+    assert later.count("sgd") >= 23  # of 30; by chance alone 15, and 23 in one case of 400
 
 
 def test_a_corner_that_the_probe_missed_fails_alone_and_the_study_goes_on(opened):
@@ -518,7 +518,20 @@ def test_the_same_failure_of_all_first_trials_is_noticed(opened, ends, said, res
         if state == "finished":
             study.record_epoch(trial_id, row(1, 0.5))
         study.end(trial_id, state, cause)
-    assert (opened() if restarted else study).common_failure == said
+    # A restart gives the sweep another chance: the cause may have been mended.
+    if restarted:
+        assert opened().common_failure is None
+    else:
+        assert study.common_failure == said
+
+
+def test_a_cause_is_the_same_when_its_kind_and_place_are(opened):
+    study = opened()
+    study.want(4)
+    for number in (1, 2, 3):
+        cause = f"OSError: no space left: trials/t000{number}/x (checkpoint.py:80)"
+        study.end(study.propose().trial_id, "failed", cause)
+    assert "t0001" in study.common_failure
 
 
 # --- Records -------------------------------------------------------------------------------------

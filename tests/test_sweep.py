@@ -231,7 +231,7 @@ def test_a_trial_that_fails_says_why_and_the_others_go_on(
     tuneapp: Start, photos: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "faulty.py").write_text(FAULTY)
-    words = ["sweep", "faulty.py", "--data", photos, "--trials", 4, "--concurrent", 1]
+    words = ["sweep", "faulty.py", "--data", photos, "--trials", 4, "--concurrent", 2]
     process = tuneapp(*words, cwd=tmp_path)
     out, err = process.communicate(timeout=200)
     assert process.returncode == 3, err
@@ -259,7 +259,7 @@ def test_the_same_failure_in_the_first_three_trials_ends_the_sweep(
 ) -> None:
     text = FAULTY.replace('if fault == "raises":', 'if fault != "never":')
     (tmp_path / "broken.py").write_text(text)
-    words = ["sweep", "broken.py", "--data", photos, "--trials", 12, "--concurrent", 1]
+    words = ["sweep", "broken.py", "--data", photos, "--trials", 12, "--concurrent", 2]
     process = tuneapp(*words, cwd=tmp_path)
     _, err = process.communicate(timeout=200)
     assert process.returncode == 4
@@ -282,18 +282,26 @@ def test_a_time_budget_ends_the_sweep_and_leaves_the_rest_to_resume(
 def test_what_the_machine_cannot_give_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(4)))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("tuneapp.sweep._cgroup", lambda name: "")
     settings = RunSettings()
-    assert share_machine(settings, None) == (4, 1, 0.0)
-    assert share_machine(settings, 2) == (2, 2, 0.0)
-    assert share_machine(settings, 3) == (3, 1, 0.0)
+    assert share_machine(settings, 16, None) == (4, 1, 0.0)
+    assert share_machine(settings, 16, 2) == (2, 2, 0.0)
+    assert share_machine(settings, 16, 3) == (3, 1, 0.0)
     with pytest.raises(ConfigError, match=r"--concurrent 5: .* 4 CPU cores; use 1 to 4"):
-        share_machine(settings, 5)
+        share_machine(settings, 16, 5)
     with pytest.raises(ConfigError, match="--concurrent 0"):
-        share_machine(settings, 0)
+        share_machine(settings, 16, 0)
     with pytest.raises(ConfigError, match="no GPU"):
-        share_machine(RunSettings(device="cuda"), None)
+        share_machine(RunSettings(device="cuda"), 16, None)
+    assert share_machine(settings, 1, None) == (1, 4, 0.0)  # no more at once than there are
+    limits = {"cpu.max": "200000 100000", "memory.max": "max"}  # a container with two cores
+    monkeypatch.setattr("tuneapp.sweep._cgroup", limits.get)
+    assert share_machine(settings, 16, None) == (2, 1, 0.0)
+    limits.update({"cpu.max": "max 100000", "memory.max": str(3 * 2**30)})
+    assert share_machine(settings, 16, None) == (1, 4, 0.0)
+    limits.update({"memory.max": "max"})
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    assert share_machine(settings, None) == (2, 2, 1.0)
-    assert share_machine(settings, 4) == (4, 1, 0.5)
-    assert share_machine(settings, 1) == (1, 4, 1.0)
-    assert share_machine(RunSettings(device="cpu"), None) == (4, 1, 0.0)
+    assert share_machine(settings, 16, None) == (2, 2, 1.0)
+    assert share_machine(settings, 16, 4) == (4, 1, 0.5)
+    assert share_machine(settings, 16, 1) == (1, 4, 1.0)
+    assert share_machine(RunSettings(device="cpu"), 16, None) == (4, 1, 0.0)

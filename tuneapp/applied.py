@@ -50,6 +50,7 @@ class Applied:
         warmup_steps: optimizer steps of the warm-up.
         trainable_parameters: numbers that the optimizer changes.
         frozen_parameters: numbers that stay.
+        frozen_held: frozen numbers that the optimizer holds all the same; must be 0.
         frozen_training: names of frozen stages that are not in `eval()` mode; must be empty.
         batch_size: examples of one optimizer step; checked against the first epoch's batches.
         device: `cpu` or `cuda`.
@@ -64,6 +65,7 @@ class Applied:
     warmup_steps: int
     trainable_parameters: int
     frozen_parameters: int
+    frozen_held: int
     frozen_training: tuple[str, ...]
     batch_size: int
     device: str
@@ -85,22 +87,25 @@ def read_back(
 ) -> Applied:
     """Read what the trial will train with from the objects themselves, before the first step."""
     groups = optimizer.param_groups
-    held = {id(p) for group in groups for p in group["params"] if p.requires_grad}
+    held = [id(p) for group in groups for p in group["params"]]
     parameters = list(model.parameters())
     main, warmup = schedule, 0
     if isinstance(schedule, SequentialLR):
         main, warmup = schedule._schedulers[-1], schedule._milestones[0]
     frozen = model.stages[: model.freeze_depth]
     return Applied(
-        lr={g["name"]: float(g.get("max_lr", g["initial_lr"])) for g in groups},
+        lr=_stage_rates(model, groups),
         optimizer=type(optimizer).__name__,
         options={
             name: _common([g[name] for g in groups]) for name in _OPTIONS if name in groups[0]
         },
         schedule=type(main).__name__,
         warmup_steps=warmup,
-        trainable_parameters=sum(p.numel() for p in parameters if id(p) in held),
+        trainable_parameters=sum(
+            p.numel() * held.count(id(p)) for p in parameters if p.requires_grad
+        ),
         frozen_parameters=sum(p.numel() for p in parameters if not p.requires_grad),
+        frozen_held=sum(p.numel() for p in parameters if id(p) in held and not p.requires_grad),
         frozen_training=tuple(
             s.name for s in frozen if any(m.training for m in s.module.modules())
         ),
@@ -133,6 +138,7 @@ def require_applied(
         "warmup_steps": warmup_steps,
         "trainable_parameters": count_parameters(trained),
         "frozen_parameters": count_parameters(frozen),
+        "frozen_held": 0,
         "frozen_training": (),
         "batch_size": config.batch_size,
         "device": device.type,
@@ -167,6 +173,22 @@ def require_batches(metrics: EpochMetrics, config: TrialConfig, examples: int, s
     if metrics.steps != steps:
         wrong.append(f"an epoch took {metrics.steps} steps, not {steps}")
     _raise(wrong)
+
+
+def _stage_rates(model: StagedModel, groups: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the peak learning rate of each stage that has one, by its own parameters.
+
+    The names of the groups are not believed. A stage whose parameters have several rates, or of
+    which some have none, gets NaN, which equals nothing.
+    """
+    rates = {id(p): float(g.get("max_lr", g["initial_lr"])) for g in groups for p in g["params"]}
+    found: dict[str, float] = {}
+    for stage in model.stages:
+        of_stage = {rates.get(id(p)) for p in stage.parameters()}
+        if of_stage != {None}:
+            rate = of_stage.pop()
+            found[stage.name] = rate if rate is not None and not of_stage else math.nan
+    return found
 
 
 def _common(values: list[Any]) -> Any:

@@ -88,7 +88,7 @@ class TrainState:
         return False
 
     def _content(self) -> dict[str, Any]:
-        cuda = torch.cuda.is_available()
+        device = next(self.model.parameters()).device
         return {
             "config": canonical_json(self.config),
             "model": self.model.state_dict(),
@@ -99,7 +99,7 @@ class TrainState:
             "best_epoch": self.best_epoch,
             "generators": {
                 "cpu": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state() if cuda else None,
+                "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
             },
         }
 
@@ -115,8 +115,9 @@ class TrainState:
         self.history = content["history"]
         self.best_epoch = content["best_epoch"]
         torch.set_rng_state(content["generators"]["cpu"])
-        if content["generators"]["cuda"] is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(content["generators"]["cuda"])
+        device = next(self.model.parameters()).device
+        if content["generators"]["cuda"] is not None and device.type == "cuda":
+            torch.cuda.set_rng_state(content["generators"]["cuda"], device)
         log.info("goes on after epoch %d", self.epoch)
 
 

@@ -91,10 +91,10 @@ Device = Annotated[
     Literal["auto", "cpu", "cuda"], typer.Option(help="auto: each trial's GPU, where it has one.")
 ]
 DashboardHost = Annotated[
-    str,
+    str | None,
     typer.Option(
         metavar="ADDRESS",
-        help="Address of the dashboard; any but 127.0.0.1 lets others on the network reach it.",
+        help="Start it on this address; any but 127.0.0.1 lets others on the network reach it.",
     ),
 ]
 
@@ -124,7 +124,7 @@ def sweep(
     dashboard: Annotated[
         bool, typer.Option("--dashboard", help="Start the Ray dashboard and print its address.")
     ] = False,
-    dashboard_host: DashboardHost = "127.0.0.1",
+    dashboard_host: DashboardHost = None,
 ) -> int:
     """Search for the best configuration of SPACE on your images.
 
@@ -145,7 +145,7 @@ def sweep(
         name=name,
         concurrent=concurrent,
         time_budget_s=budget_s,
-        dashboard_host=dashboard_host if dashboard else None,
+        dashboard_host=dashboard_host or ("127.0.0.1" if dashboard else None),
     )
     with _Show() as show:
         outcome = start_sweep(loaded, settings, options, _say, show.begin)
@@ -158,7 +158,7 @@ def resume(
     dashboard: Annotated[
         bool, typer.Option("--dashboard", help="Start the Ray dashboard and print its address.")
     ] = False,
-    dashboard_host: DashboardHost = "127.0.0.1",
+    dashboard_host: DashboardHost = None,
 ) -> int:
     """Go on with RUN where it ended: unfinished trials from their last epoch, then the rest."""
     from tuneapp.rundir import open_run
@@ -166,6 +166,8 @@ def resume(
     if open_run(run)[1].kind == "train":
         from tuneapp.single import resume_training
 
+        if dashboard or dashboard_host:
+            raise ConfigError(f"{run} is a single training: it runs without Ray and its dashboard")
         with _Show() as show:
             resumed = resume_training(run, show.begin)
         return _finish_training(resumed)
@@ -173,7 +175,8 @@ def resume(
     from tuneapp.sweep import resume_sweep
 
     with _Show() as show:
-        outcome = resume_sweep(run, show.begin, dashboard_host if dashboard else None)
+        host = dashboard_host or ("127.0.0.1" if dashboard else None)
+        outcome = resume_sweep(run, show.begin, host)
     return _finish_sweep(outcome)
 
 
@@ -196,8 +199,11 @@ def train(
         Path | None, typer.Option("--from", metavar="RUN", help="Take a trial of this run.")
     ] = None,
     trial: Annotated[
-        str, typer.Option(metavar="ID", help="Which trial of --from: best, or an id such as t0003.")
-    ] = "best",
+        str | None,
+        typer.Option(
+            metavar="ID", help="Which trial of --from: best (the default), or an id such as t0003."
+        ),
+    ] = None,
     data: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Images; default: digits, or --from's.")
     ] = None,
@@ -206,8 +212,14 @@ def train(
     seed: Annotated[
         int | None, typer.Option(metavar="N", help="Source of every random draw.")
     ] = None,
-    metric: MetricName = "val/accuracy",
-    device: Device = "auto",
+    metric: Annotated[
+        Literal["val/accuracy", "val/loss"] | None,
+        typer.Option(help="What its epochs are judged by; default: val/accuracy, or --from's."),
+    ] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"] | None,
+        typer.Option(help="auto, the default, is the GPU where there is one; or --from's."),
+    ] = None,
     runs_dir: RunsDir = Path("runs"),
     name: Name = None,
 ) -> int:
@@ -217,16 +229,25 @@ def train(
     """
     if (space is None) == (from_ is None):
         raise ConfigError("give either SPACE or --from RUN")
+    if trial is not None and from_ is None:
+        raise ConfigError(f"--trial {trial}: goes with --from RUN")
     chosen = _pairs(set_ or [])
     if from_ is None:
         assert space is not None
         loaded = _read_space(space)
-        settings = _settings(data or "digits", seed or 0, metric, epochs, image_size, device)
+        settings = _settings(
+            data or "digits",
+            seed or 0,
+            metric or "val/accuracy",
+            epochs,
+            image_size,
+            device or "auto",
+        )
         base = loaded.first_trials[0] if loaded.first_trials else {}
         like = None
     else:
-        loaded, settings, base, like = _from_run(from_, trial)
-        settings = _changed(settings, data, seed, epochs, image_size, device)
+        loaded, settings, base, like = _from_run(from_, trial or "best")
+        settings = _changed(settings, data, seed, metric, epochs, image_size, device)
         like = like if settings == like[1].settings else None
     params = loaded.override(base, chosen)
 
@@ -382,18 +403,19 @@ def _changed(
     settings: "RunSettings",
     data: str | None,
     seed: int | None,
+    metric: str | None,
     epochs: int | None,
     image_size: int | None,
-    device: str,
+    device: str | None,
 ) -> "RunSettings":
     """Return the settings of a run with what the user asked otherwise."""
     return _settings(
         settings.data if data is None else data,
         settings.seed if seed is None else seed,
-        settings.metric,
+        metric or settings.metric,
         settings.max_epochs if epochs is None else epochs,
         settings.image_size if image_size is None else image_size,
-        settings.device if device == "auto" else device,
+        device or settings.device,
     )
 
 
@@ -401,7 +423,7 @@ def _from_run(
     path: Path, trial_id: str
 ) -> "tuple[SearchSpace, RunSettings, dict[str, Any], tuple[RunDir, RunRecord]]":
     """Return the space, the settings and the parameters of a trial of a run."""
-    from tuneapp.space import SearchSpace
+    from tuneapp.prepare import read_run_space
     from tuneapp.summary import read_summary
 
     read = read_summary(path)
@@ -414,7 +436,7 @@ def _from_run(
         record = read.trials[ids.index(trial_id)]
     else:
         raise ConfigError(f"--trial {trial_id}: {path} has {', '.join(ids) or 'none'}, and best")
-    space = SearchSpace.read(read.run.space_file, read.record.space_name)
+    space = read_run_space(read.run, read.record)
     _say(f"trial     {record.trial_id} of {path}")
     return space, read.record.settings, record.params, (read.run, read.record)
 
@@ -456,10 +478,15 @@ def _finish_sweep(outcome: Any) -> int:
         _warn(f"the sweep was stopped: all of its first trials failed: {outcome.common_failure}")
         _say(f"details   {path}/trials/t0001/error.txt")
     if outcome.remaining:
-        why = "interrupted" if outcome.interrupted_by else "the time budget is used up"
+        why = "interrupted"
+        if outcome.common_failure is not None:
+            why = "mend the cause first"
+        elif outcome.out_of_time:
+            why = "the time budget is used up"
         _say(f"{outcome.remaining} trial(s) to go ({why})")
         _say(f"resume    python -m tuneapp resume {path}")
     if read.best is not None:
+        _say(f"model     {path}/trials/{read.best[0].trial_id}/checkpoints")
         _say(f"again     python -m tuneapp train --from {path} --trial best")
     _say(f"summary   python -m tuneapp summary {path}")
     _say(f"curves    tensorboard --logdir {path}/trials")

@@ -148,7 +148,10 @@ class Constant(_WarmedUp):
 
 @dataclass(frozen=True, kw_only=True)
 class Step(_WarmedUp):
-    """`torch.optim.lr_scheduler.StepLR`: multiply by `gamma` after every `every_epochs` epochs."""
+    """`torch.optim.lr_scheduler.StepLR`: multiply by `gamma` after every `every_epochs` epochs.
+
+    Epochs are counted from the end of the warm-up.
+    """
 
     every_epochs: int
     gamma: float = 0.1
@@ -170,7 +173,7 @@ class Cosine(_WarmedUp):
 
 @dataclass(frozen=True, kw_only=True)
 class OneCycle(_Checked):
-    """`torch.optim.lr_scheduler.OneCycleLR`: `lr` is the peak.
+    """`torch.optim.lr_scheduler.OneCycleLR`: `lr` is the peak, reached after two steps or more.
 
     The momentum (Adam: beta1) stays where the optimizer's configuration puts it.
     """

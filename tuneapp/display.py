@@ -205,6 +205,8 @@ def _gain_line(read: "Summary", best: float) -> str:
     recipe, row = read.best_recipe
     theirs = row[settings.metric]
     found = f"best recipe {recipe.trial_id} has {theirs:.4f}"
+    if not any(t.origin == "search" and t.rows for t in read.trials):
+        return f"gain      not known: only recipes have run so far ({found})"
     if not is_better(best, theirs, settings.mode):
         return f"gain      none: the search did not beat the recipes ({found})"
     gain = abs(best - theirs)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Self
 
+import numpy as np
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -214,6 +215,5 @@ def count_parameters(stages: Sequence[Stage]) -> int:
 
 def seed_everything(seed: int, trial_seed: int) -> None:
     """Seed the generators from which head weights and dropout are drawn."""
-    generator = torch.Generator().manual_seed(seed)
-    mixed = torch.randint(2**62, (trial_seed + 1,), generator=generator)[trial_seed]
-    torch.manual_seed(int(mixed))
+    mixed = np.random.SeedSequence([seed, trial_seed]).generate_state(1, np.uint64)[0]
+    torch.manual_seed(int(mixed >> np.uint64(1)))

@@ -4,21 +4,29 @@ A sweep and a single run begin here: the space is probed in every branch, models
 are looked up, weights are found, images are decoded. Only then is a run directory made.
 """
 
+import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tuneapp.checkpoint import read_best
 from tuneapp.config import RunSettings, TrialConfig
 from tuneapp.data.source import ImageSet, read_images, read_split, require_unchanged, write_split
 from tuneapp.data.store import Preprocessing, open_store
 from tuneapp.errors import ConfigError, SpaceError
-from tuneapp.models import build_network, check_model
-from tuneapp.rundir import RunDir, RunRecord, write_atomically, write_record
+from tuneapp.models import StagedModel, build_network, check_model, find_family
+from tuneapp.rundir import RunDir, RunRecord, open_run, write_atomically, write_record
 from tuneapp.space import Branch, SearchSpace
 from tuneapp.trial import TrialRun
-from tuneapp.weights import Found, find_weights, load_weights, preprocessing_of
+from tuneapp.weights import (
+    Found,
+    find_weights,
+    load_weights,
+    preprocessing_of,
+    require_same_weights,
+)
 
 log = logging.getLogger(__name__)
 
@@ -90,13 +98,16 @@ def prepare(
     )
 
 
-def lay_out(run: RunDir, prepared: Prepared, record: RunRecord) -> None:
+def lay_out(run: RunDir, space: SearchSpace, images: ImageSet, record: RunRecord) -> None:
     """Write everything into a new run directory but the ledger."""
-    write_atomically(
-        run.space_file, lambda aside: aside.write_text(prepared.space.text, encoding="utf-8")
-    )
-    write_split(run.split_file, prepared.images)
+    write_atomically(run.space_file, lambda aside: aside.write_text(space.text, encoding="utf-8"))
+    write_split(run.split_file, images)
     write_record(run, record)
+
+
+def read_run_space(run: RunDir, record: RunRecord) -> SearchSpace:
+    """Return the space of a run: the copy, as if it still stood where the file did."""
+    return SearchSpace(run.space_file.read_text(encoding="utf-8"), Path(record.space_path))
 
 
 def read_run_images(run: RunDir, record: RunRecord) -> ImageSet:
@@ -105,26 +116,31 @@ def read_run_images(run: RunDir, record: RunRecord) -> ImageSet:
     return read_split(run.split_file, root, record.classes)
 
 
-def check_again(run: RunDir, record: RunRecord, space: SearchSpace) -> None:
-    """Check before a run goes on that its images are still what they were.
+def check_again(run: RunDir, record: RunRecord, branches: list[Branch]) -> ImageSet:
+    """Check that the images and weights of a run are still what they were; return the images.
 
     Raises:
-        DataError: some have changed, or cannot be decoded.
+        DataError: images have changed, or cannot be decoded.
+        WeightsError: a file of weights has changed, or is gone.
     """
     images = read_run_images(run, record)
     require_unchanged(images)
-    configs = [record.settings.applied_to(b.config) for b in space.branches()]
+    for found in record.weights.values():
+        require_same_weights(found)
+    configs = [record.settings.applied_to(b.config) for b in branches]
     for preprocessing in _preprocessings(configs, images):
         open_store(images, preprocessing)
+    return images
 
 
 def assemble(
     run: RunDir, record: RunRecord, trial_id: str, params: Mapping[str, Any], *, has_gpu: bool
 ) -> tuple[TrialConfig, TrialRun]:
     """Return a trial of a run: its configuration, and where and how it runs."""
-    space = SearchSpace.read(run.space_file)
-    config = record.settings.applied_to(space.config(params))
-    found = record.weights[weights_key(config)]
+    config = record.settings.applied_to(read_run_space(run, record).config(params))
+    found = record.weights.get(weights_key(config))
+    if found is None:  # a choice between the ends of a range, which the probe did not see
+        found = find_weights(config.model, config.weights).as_dict()
     return config, TrialRun(
         settings=record.settings,
         images=read_run_images(run, record),
@@ -135,6 +151,24 @@ def assemble(
         folder=run.trial(trial_id),
         params=params,
     )
+
+
+def load_model(run_path: Path, trial_id: str) -> StagedModel:
+    """Return the network of a trial with the weights of its best epoch, in `eval()` mode.
+
+    `.network` is torchvision's own module. It wants images as the trial had them; the classes, in
+    the order of the logits, are in the run's `run.json`.
+
+    Raises:
+        RunError: `run_path` is no run directory.
+        CheckpointError: the trial has no intact checkpoint.
+    """
+    run, record = open_run(run_path)
+    content = read_best(run.trial(trial_id) / "checkpoints")
+    name = json.loads(content["config"])["model"]
+    model = StagedModel(build_network(name, len(record.classes)), find_family(name))
+    model.load_state_dict(content["model"])
+    return model.eval()
 
 
 def weights_key(config: TrialConfig) -> str:

@@ -5,8 +5,8 @@
         run.json          settings, number format of this layout, versions, weights, warnings
         space.py          the search space as it was when the run began; a resumed run uses this one
         split.csv         every image: path, class, split, bytes
-        trials/t0001/     config.json, applied.json, epochs.csv, log.txt, TensorBoard events,
-                          checkpoints/ with their manifest
+        trials/t0001/     config.json, epochs.csv, log.txt, TensorBoard events, checkpoints/ with
+                          their manifest; error.txt of a failed trial
         trials.csv        the table of trials
 
 Files are written aside and renamed, so a reader never sees half of one.
@@ -89,11 +89,12 @@ class RunRecord:
 
     Attributes:
         kind: `sweep`, or `train` for a single configuration.
-        space_name: file name of the search space, without `.py`.
+        space_path: absolute path of the search-space file; `space.py` is its copy.
         settings: where and how the trials run.
         image_root: absolute folder of the images; None for embedded data.
         classes: class names in the order of their labels.
         weights: for each weights choice of the space, what was found (`weights.Found.as_dict`).
+        params: of the one trial of a `train` run.
         warnings: what the user should know when reading the results.
         cpus_per_trial: CPU threads of each trial.
         gpus_per_trial: GPUs, or the share of one, of each trial.
@@ -102,11 +103,12 @@ class RunRecord:
     """
 
     kind: Literal["sweep", "train"]
-    space_name: str
+    space_path: str
     settings: RunSettings
     image_root: str | None
     classes: tuple[str, ...]
     weights: Mapping[str, Mapping[str, Any]]
+    params: Mapping[str, Any] | None = None
     warnings: tuple[str, ...] = ()
     cpus_per_trial: int = 1
     gpus_per_trial: float = 0.0

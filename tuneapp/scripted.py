@@ -71,6 +71,12 @@ class _SuggestOnly(optuna.trial.BaseTrial):
         return int(self._suggest(name, distribution))
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        odd = [c for c in choices if not isinstance(c, str | int | float | bool | None)]
+        if odd:  # the ledger is JSON, which would give back something else
+            raise SpaceError(
+                f"parameter {name!r}: choice {odd[0]!r} is not a text, number, boolean or None; "
+                "choose a name, and look the value up by it"
+            )
         return self._suggest(name, CategoricalDistribution(choices))
 
     # Optuna's base class wants these too; a search space has no use for them.

@@ -5,6 +5,7 @@ reads this one, and `resume` goes on with it.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from tuneapp.checkpoint import Row
 from tuneapp.config import RunSettings
 from tuneapp.errors import Diverged, say_cause
 from tuneapp.ledger import Event, Ledger
-from tuneapp.prepare import assemble, check_again, lay_out, prepare
+from tuneapp.prepare import assemble, check_again, lay_out, prepare, read_run_space
+from tuneapp.records import Origin
 from tuneapp.rundir import RunDir, RunRecord, create_run, log_to, open_run
 from tuneapp.space import SearchSpace
 from tuneapp.study import Study
@@ -43,34 +45,35 @@ def start_training(
         name: of the run directory; None takes the space's and a number.
         say: told what is being prepared.
         begun: called with the new run before it trains; returns the listener to its events.
-        like: a run whose split, weights and threads are taken over, to the last bit.
+        like: a run of these settings, whose split, weights and threads are taken over.
 
     Raises:
         TuneappError: something does not fit; nothing was written.
     """
-    prepared = prepare(space, settings, [space.replay(params)], say)
-    weights = {key: found.as_dict() for key, found in prepared.weights.items()}
-    threads = torch.get_num_threads()
-    if like is not None:
-        from_run, from_record = like
-        check_again(from_run, from_record, space)
-        threads = from_record.cpus_per_trial
-        weights = {key: dict(found) for key, found in from_record.weights.items()}
+    if like is None:
+        prepared = prepare(space, settings, [space.replay(params)], say)
+        images = prepared.images
+        record = RunRecord(
+            kind="train",
+            space_path=str(space.path.absolute()),
+            settings=settings,
+            image_root=None if images.root is None else str(images.root),
+            classes=images.classes,
+            weights={key: found.as_dict() for key, found in prepared.weights.items()},
+            params=dict(params),
+            warnings=prepared.warnings,
+            cpus_per_trial=torch.get_num_threads(),
+            gpus_per_trial=float(torch.cuda.is_available() and settings.device != "cpu"),
+        )
+    else:
+        images = check_again(*like, [space.replay(params)])
+        record = replace(
+            like[1], kind="train", params=dict(params), concurrent=1, time_budget_s=None
+        )
     run = create_run(runs_dir.resolve(), name, f"{space.name}-train")
-    record = RunRecord(
-        kind="train",
-        space_name=space.name,
-        settings=settings,
-        image_root=None if prepared.images.root is None else str(prepared.images.root),
-        classes=prepared.images.classes,
-        weights=weights,
-        warnings=prepared.warnings,
-        cpus_per_trial=threads,
-        gpus_per_trial=float(torch.cuda.is_available() and settings.device != "cpu"),
-    )
     lock = run.lock()
     try:
-        lay_out(run, prepared, record)
+        lay_out(run, space, images, record)
         with Ledger(run.ledger) as ledger:
             study = Study(space, ledger, settings, [(params, "set")], begun(run, record))
             study.want(1)
@@ -85,11 +88,15 @@ def resume_training(path: Path, begun: Callable[[RunDir, RunRecord], Listen]) ->
     run, record = open_run(path.resolve())
     lock = run.lock()
     try:
-        space = SearchSpace.read(run.space_file)
+        space = read_run_space(run, record)
+        assert record.params is not None
         with Ledger(run.ledger) as ledger:
-            study = Study(space, ledger, record.settings, [], begun(run, record))
+            first: list[tuple[Mapping[str, Any], Origin]] = [(record.params, "set")]
+            study = Study(space, ledger, record.settings, first, begun(run, record))
+            if study.wanted == 0:  # ended before it had written down that it wants one
+                study.want(1)
             if study.remaining:
-                check_again(run, record, space)
+                check_again(run, record, [space.replay(record.params)])
                 _train(run, record, study)
     finally:
         lock.release()

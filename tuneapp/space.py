@@ -47,20 +47,18 @@ class Parameter:
 class SearchSpace:
     """A search-space file: call it with an Optuna trial to get the trial's configuration."""
 
-    def __init__(self, text: str, path: Path, name: str | None = None) -> None:
+    def __init__(self, text: str, path: Path) -> None:
         """Execute the file's text.
 
         Args:
-            text: of the file.
-            path: where it is; told in errors.
-            name: of the space, where the file is a copy under another name.
+            text: of the file, or of a copy of it.
+            path: where the file itself is, or was: its `__file__`, its name, told in errors.
 
         Raises:
             SpaceError: it does not run, or lacks a `search_space` function.
         """
         self.text = text
         self.path = path
-        self.name = name or path.stem
         module = types.ModuleType("search_space_file")
         module.__file__ = str(path)
         try:
@@ -77,8 +75,8 @@ class SearchSpace:
         self.first_trials = self._read_first_trials(getattr(module, "FIRST_TRIALS", []))
 
     @classmethod
-    def read(cls, path: Path, name: str | None = None) -> "SearchSpace":
-        """Read the search-space file at `path`; without `name` it is called by its file's.
+    def read(cls, path: Path) -> "SearchSpace":
+        """Read the search-space file at `path`.
 
         Raises:
             SpaceError: there is no such file, or it is not a search space.
@@ -93,7 +91,12 @@ class SearchSpace:
             raise SpaceError(f"{path}: no such search-space file{hint}") from None
         except (OSError, UnicodeDecodeError) as error:
             raise SpaceError(f"{path}: cannot be read as a search space: {error}") from None
-        return cls(text, path, name)
+        return cls(text, path)
+
+    @property
+    def name(self) -> str:
+        """The file's name without its ending."""
+        return self.path.stem
 
     def __call__(self, trial: optuna.trial.BaseTrial) -> TrialConfig:
         """Return the configuration that `trial`'s suggestions stand for.

@@ -24,6 +24,9 @@ from tuneapp.space import SearchSpace
 
 SAME_BUG_LIMIT = 3
 """When the first so many trials fail for one and the same cause, the sweep stops."""
+STARTUP_TRIALS = 8
+"""Ended trials, recipes included, from which TPE begins to model; before, it draws at random.
+Optuna's ten would leave a sweep of sixteen trials with hardly any model at all."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Study:
         self._study = optuna.create_study(direction=_direction(settings))
         self._live: dict[str, optuna.Trial] = {}
         self._unfinished: deque[Proposal] = deque()
+        self._ended_here: list[str] = []
         self.records = read_records(ledger.events)
         for record in self.records.values():
             self._take_up(record)
@@ -81,11 +85,14 @@ class Study:
 
     @property
     def common_failure(self) -> str | None:
-        """The one cause for which all of the first trials failed, if that is what happened."""
-        ended = [r for r in self.records.values() if r.state != "unfinished"]
-        causes = {r.cause for r in ended if r.state == "failed"}
+        """The cause for which all of the first trials failed since this study was taken up.
+
+        Causes are one when their kind and their place in the code are: messages name trials.
+        """
+        ended = [self.records[trial_id] for trial_id in self._ended_here]
         all_failed = len(ended) >= SAME_BUG_LIMIT and all(r.state == "failed" for r in ended)
-        return causes.pop() if all_failed and len(causes) == 1 else None
+        places = {(r.cause.partition(":")[0], r.cause.rpartition("(")[2]) for r in ended}
+        return ended[0].cause if all_failed and len(places) == 1 else None
 
     def want(self, trials: int) -> None:
         """Write down how many trials the run shall have in all."""
@@ -127,6 +134,7 @@ class Study:
             return
         told = self._value_to_tell(record, state)
         self._write("ended", trial=trial_id, state=state, cause=cause, told=told)
+        self._ended_here.append(trial_id)
         optuna_state, values = _as_optuna(record)
         self._study.tell(self._live.pop(trial_id), values, state=optuna_state)
 
@@ -166,10 +174,14 @@ class Study:
     def _sampler(self, number: int) -> BaseSampler:
         """Return the sampler of suggestion `number`: a resumed study does not repeat itself.
 
-        The first trials need no model of the space, and TPE builds none before its tenth trial.
+        The first trials need no model of the space.
         """
         seed = int(np.random.SeedSequence([self.settings.seed, number]).generate_state(1)[0])
-        return RandomSampler(seed=seed) if number < len(self._first) else TPESampler(seed=seed)
+        return (
+            RandomSampler(seed=seed)
+            if number < len(self._first)
+            else TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
+        )
 
     def _take_up(self, record: TrialRecord) -> None:
         """Put a trial of the ledger into the study as if it had just been told."""

@@ -13,9 +13,9 @@ import pandas as pd
 
 from tuneapp.data.source import read_split
 from tuneapp.ledger import read_events
+from tuneapp.prepare import read_run_space
 from tuneapp.records import TrialRecord, best_record, flat, read_records, trials_wanted
 from tuneapp.rundir import RunDir, RunRecord, open_run, write_atomically
-from tuneapp.space import SearchSpace
 from tuneapp.study import parameter_importances
 
 
@@ -117,7 +117,7 @@ def importances(path: Path) -> pd.Series:
     Source: S. Watanabe et al., PED-ANOVA, IJCAI 2023, as implemented by Optuna.
     """
     summary = read_summary(path)
-    space = SearchSpace.read(summary.run.space_file)
+    space = read_run_space(summary.run, summary.record)
     values = parameter_importances(space, list(summary.trials), summary.record.settings)
     return pd.Series(values, name="importance", dtype=float)
 

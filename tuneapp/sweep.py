@@ -6,6 +6,7 @@ in the ledger. `Tuner.restore` is not used: a resumed sweep is a new Tuner over 
 
 import contextlib
 import logging
+import math
 import os
 import shutil
 import signal
@@ -19,9 +20,9 @@ from types import FrameType
 import torch
 
 from tuneapp.config import RunSettings
-from tuneapp.errors import ConfigError, TuneappError
+from tuneapp.errors import ConfigError, RunError, TuneappError
 from tuneapp.ledger import Event, Ledger
-from tuneapp.prepare import check_again, first_trials, lay_out, prepare
+from tuneapp.prepare import check_again, first_trials, lay_out, prepare, read_run_space
 from tuneapp.rundir import RunDir, RunRecord, create_run, open_run
 from tuneapp.space import SearchSpace
 from tuneapp.study import Study
@@ -118,12 +119,12 @@ def start_sweep(
     """
     branches = space.branches()
     recipes = first_trials(space, branches)
-    slots, cpus, gpus = share_machine(settings, options.concurrent)
+    slots, cpus, gpus = share_machine(settings, options.trials, options.concurrent)
     prepared = prepare(space, settings, branches, say)
     run = create_run(options.runs_dir.resolve(), options.name, space.name)
     record = RunRecord(
         kind="sweep",
-        space_name=space.name,
+        space_path=str(space.path.absolute()),
         settings=settings,
         image_root=None if prepared.images.root is None else str(prepared.images.root),
         classes=prepared.images.classes,
@@ -136,7 +137,7 @@ def start_sweep(
     )
     lock = run.lock()
     try:
-        lay_out(run, prepared, record)
+        lay_out(run, space, prepared.images, record)
         with Ledger(run.ledger) as ledger:
             study = Study(
                 space,
@@ -166,8 +167,9 @@ def resume_sweep(
     run, record = open_run(path.resolve())
     lock = run.lock()
     try:
-        space = SearchSpace.read(run.space_file)
-        recipes = first_trials(space, space.branches())
+        space = read_run_space(run, record)
+        branches = space.branches()
+        recipes = first_trials(space, branches)
         with Ledger(run.ledger) as ledger:
             study = Study(
                 space,
@@ -176,45 +178,69 @@ def resume_sweep(
                 [(params, "recipe") for params in recipes],
                 begun(run, record),
             )
+            if study.wanted == 0:
+                raise RunError(
+                    f"{run.path} ended before its first trial; remove it and start again"
+                )
             if study.remaining == 0:
                 return Outcome(run, None, False, None, 0)
-            check_again(run, record, space)
-            max_epochs = max(record.settings.applied_to(b.config).epochs for b in space.branches())
+            check_again(run, record, branches)
+            max_epochs = max(record.settings.applied_to(b.config).epochs for b in branches)
             return _drive(run, record, study, ledger, max_epochs, dashboard_host)
     finally:
         lock.release()
 
 
-def share_machine(settings: RunSettings, concurrent: int | None) -> tuple[int, int, float]:
+def share_machine(
+    settings: RunSettings, trials: int, concurrent: int | None
+) -> tuple[int, int, float]:
     """Return trials at once, and CPU threads and GPUs (or a share of one) for each.
 
     On GPUs: one trial on each, or `concurrent` of them sharing the GPUs. On CPUs: one core for
-    each, as far as memory goes: two trials on a core each get more done than one on two cores.
+    each, as far as memory and trials go: two on a core each get more done than one on two.
 
     Raises:
         ConfigError: the machine cannot give what was asked.
     """
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    cores = _num_cores()
     gpus = 0 if settings.device == "cpu" else torch.cuda.device_count()
     if settings.device == "cuda" and gpus == 0:
         raise ConfigError("--device cuda: this machine has no GPU that torch can use; use auto")
     if concurrent is not None and concurrent < 1:
         raise ConfigError(f"--concurrent {concurrent}: must be at least 1")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    room = gpus or max(1, min(cores, memory // MEMORY_PER_TRIAL_BYTES))
-    most = cores if gpus == 0 else max(cores, gpus)
-    slots = int(room if concurrent is None else concurrent)
+    room = gpus or max(1, min(cores, _memory_bytes() // MEMORY_PER_TRIAL_BYTES))
+    most = max(cores, gpus)
+    slots = int(min(room, trials) if concurrent is None else concurrent)
     if slots > most:
         raise ConfigError(
             f"--concurrent {slots}: this machine has {cores} CPU cores; use 1 to {most}"
         )
-    if gpus == 0:
-        return slots, cores // slots, 0.0
     # Ray gives out whole GPUs, or shares of a single one.
-    share = 1.0 if slots <= gpus else 1 / -(-slots // gpus)
+    share = 0.0 if gpus == 0 else 1.0 if slots <= gpus else 1 / math.ceil(slots / gpus)
     return slots, max(1, cores // slots), share
+
+
+def _num_cores() -> int:
+    """Return the CPU cores that this process may use, in a container those of the container."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    quota, _, period = _cgroup("cpu.max").partition(" ")
+    return max(1, min(cores, int(quota) // int(period))) if quota.isdigit() else cores
+
+
+def _memory_bytes() -> int:
+    """Return the memory of the machine, in a container that of the container."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = _cgroup("memory.max")
+    return min(memory, int(limit)) if limit.isdigit() else memory
+
+
+def _cgroup(name: str) -> str:
+    """Return a limit of the Linux control group that a container sees as its root."""
+    try:
+        return (Path("/sys/fs/cgroup") / name).read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
 
 
 def _drive(

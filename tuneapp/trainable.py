@@ -41,15 +41,15 @@ def train_trial(assignment: dict[str, Any]) -> None:
     def report_end(state: str, cause: str) -> None:
         tune.report({MESSAGE: json.dumps({"ended": state, "cause": cause}), SCORE: 0.0})
 
-    with FileLock(folder / ".lock", timeout=LOCK_WAIT_S), log_to(folder / "log.txt"):
-        try:
+    try:
+        with FileLock(folder / ".lock", timeout=LOCK_WAIT_S), log_to(folder / "log.txt"):
             config, trial_run = assemble(
                 run, record, trial_id, assignment["params"], has_gpu=gpus > 0
             )
             run_trial(config, trial_run, report, resume_from=folder / "checkpoints")
-        except Diverged as error:
-            report_end("diverged", str(error))
-        except Exception as error:
-            (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
-            report_end("failed", say_cause(error))
-            raise  # so that Ray does not use this process again
+    except Diverged as error:
+        report_end("diverged", str(error))
+    except Exception as error:
+        (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        report_end("failed", say_cause(error))
+        raise  # so that Ray does not use this process again

@@ -46,12 +46,14 @@ class Found:
         asked: as written in the space.
         file: the state_dict file; None for random weights.
         name: torchvision's name of the weights, or `file`, or `random`.
+        sha256: of the file.
         warning: what the user should know, or an empty text.
     """
 
     asked: str | None
     file: str | None
     name: str
+    sha256: str | None = None
     warning: str = ""
 
     def as_dict(self) -> dict[str, Any]:
@@ -74,17 +76,44 @@ def find_weights(model: str, asked: str | None) -> Found:
     if asked == "auto":
         entry = _enum_entry(model, "DEFAULT")
         try:
-            return Found(asked, str(_cached_or_fetched(entry, AUTO_LIMIT_S)), str(entry))
+            return _found(asked, _cached_or_fetched(entry, AUTO_LIMIT_S), str(entry))
         except WeightsError as error:
             warning = f"{model} starts from RANDOM weights, not pretrained ones: {error}"
-            return Found(asked, None, "random", warning)
+            return Found(asked, None, "random", warning=warning)
     path = Path(asked).expanduser()
     if path.is_file():
-        return Found(asked, str(path.resolve()), "file")
+        return _found(asked, path.resolve(), "file")
     if path.suffix or "/" in asked:
         raise WeightsError(f"weights {asked!r}: no such file")
     entry = _enum_entry(model, asked)
-    return Found(asked, str(_cached_or_fetched(entry, None)), str(entry))
+    return _found(asked, _cached_or_fetched(entry, None), str(entry))
+
+
+def require_same_weights(found: Mapping[str, Any]) -> None:
+    """Check that the file of a `Found`, as plain values, is still what it was.
+
+    Raises:
+        WeightsError: it is gone, or holds something else.
+    """
+    if found["file"] is None:
+        return
+    try:
+        same = _sha256(Path(found["file"])) == found["sha256"]
+    except OSError as error:
+        raise WeightsError(f"weights {found['file']} cannot be read: {error.strerror}") from None
+    if not same:
+        raise WeightsError(
+            f"weights {found['file']} have changed since this run began; restore them"
+        )
+
+
+def _found(asked: str, file: Path, name: str) -> Found:
+    return Found(asked, str(file), name, _sha256(file))
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def preprocessing_of(
@@ -150,7 +179,11 @@ def load_weights(network: nn.Module, model: str, file: Path) -> LoadReport:
         WeightsError: the file is damaged, is not a state_dict, holds numbers that are not finite,
             has backbone tensors of another shape, or fits less than half of the backbone.
     """
-    state = read_state_dict(file, file.stat().st_mtime_ns)
+    try:
+        changed_ns = file.stat().st_mtime_ns
+    except OSError as error:
+        raise WeightsError(f"weights {file} cannot be read: {error.strerror}") from None
+    state = read_state_dict(file, changed_ns)
     own = network.state_dict()
     head = find_family(model).head_prefix
     fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
@@ -218,11 +251,11 @@ def fetch(url: str, file: Path, limit_s: float | None) -> None:
     Raises:
         WeightsError: the server cannot be reached, is too slow, or sent something else.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}")
     deadline = None if limit_s is None else time.monotonic() + limit_s
     lock = FileLock(file.with_name(file.name + ".lock"), timeout=-1 if limit_s is None else limit_s)
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         with lock:
             if file.is_file():
                 return
@@ -267,8 +300,7 @@ def _check_hash(file: Path, name: str) -> None:
     wanted = _HASH_IN_NAME.search(name)
     if wanted is None:
         return
-    with file.open("rb") as content:
-        got = hashlib.file_digest(content, "sha256").hexdigest()
+    got = _sha256(file)
     if not got.startswith(wanted[1]):
         raise WeightsError(
             f"{file.with_name(name)} is damaged: its SHA-256 begins with {got[:8]}, its name says "

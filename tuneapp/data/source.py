@@ -113,6 +113,9 @@ def read_images(data: str, seed: int) -> ImageSet:
             f"and test/), or {EMBEDDED!r} for the embedded data"
         )
     found = {split: _split_folder(root, names) for split, names in _SPLIT_NAMES.items()}
+    held_out = found["val"] or found["test"]
+    if found["train"] is None and held_out:
+        raise DataError(f"{root} has {held_out.name}/ and no train/: add it, or give classes alone")
     if found["train"] is None:
         images = ImageSet(root, *_class_folders(root, root, "train"))
         return _split_off(images, seed, test=True)
@@ -185,7 +188,11 @@ def _num_bytes(path: Path) -> int | None:
 
 
 def _split_folder(root: Path, names: Sequence[str]) -> Path | None:
-    return next((root / name for name in names if (root / name).is_dir()), None)
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and p.name.casefold() in names)
+    if len(folders) > 1:
+        both = " and ".join(f"{folder.name}/" for folder in folders)
+        raise DataError(f"{root} has {both}: rename the one that is not meant")
+    return folders[0] if folders else None
 
 
 def _class_folders(

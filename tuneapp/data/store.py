@@ -96,12 +96,18 @@ def open_store(images: ImageSet, preprocessing: Preprocessing) -> Store:
     """
     examples = images.of(*SPLITS)
     folder = cache_dir() / f"store-{_key(images, examples, preprocessing)}"
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):
-            if not folder.is_dir():
-                _make(folder, images, examples, preprocessing)
-    return Store(folder, examples)
+    try:
+        if not folder.is_dir():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.with_suffix(".lock")):
+                if not folder.is_dir():
+                    _make(folder, images, examples, preprocessing)
+        return Store(folder, examples)
+    except OSError as error:
+        raise DataError(
+            f"cannot store the decoded images in {folder.parent}: {error.strerror}; free some "
+            "space there, or set TUNEAPP_CACHE to another folder"
+        ) from None
 
 
 def _key(images: ImageSet, examples: Sequence[Example], preprocessing: Preprocessing) -> str:
@@ -154,10 +160,5 @@ def _make(
             )
         np.save(aside / "shapes.npy", np.array(shapes, dtype=np.int64))
         aside.replace(folder)
-    except OSError as error:
-        raise DataError(
-            f"cannot store the decoded images in {folder.parent}: {error.strerror}; free some "
-            "space, or set TUNEAPP_CACHE to another folder"
-        ) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -103,9 +103,15 @@ class Batches:
             chosen = order[start:end]
             views = self._views(chosen, None if seeds is None else seeds[chosen])
             # Divided first, as torchvision does: a validation image is its own to the last bit.
-            images = views.to(self._device, non_blocking=True).float().div_(255)
-            labels = self._store.labels[torch.from_numpy(chosen)].to(self._device)
+            images = self._send(views).float().div_(255)
+            labels = self._send(self._store.labels[torch.from_numpy(chosen)])
             yield images.sub_(self._mean).div_(self._std), labels
+
+    def _send(self, tensor: Tensor) -> Tensor:
+        """Put a tensor on the device; from pinned memory, a GPU's work is not waited for."""
+        if self._device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self._device, non_blocking=True)
 
     def _bounds(self) -> list[tuple[int, int]]:
         """Cut an epoch into batches; a single leftover joins the batch before it.
