@@ -49,7 +49,7 @@ def search_space(trial: Trial) -> TrialConfig:
         lr_ratio=trial.suggest_float("lr_ratio", 0.1, 1.0, log=True),
         optimizer=optimizer(trial),
         schedule=schedule(trial),
-        epochs=6,
+        epochs=5,
         batch_size=32,
     )
 

@@ -68,11 +68,9 @@ def test_the_space_in_the_readme_is_a_space(tmp_path: Path) -> None:
 def test_ci_runs_the_readme_s_test_command() -> None:
     command = re.search(r"## Tests\n\n    (.+)\n", README)
     assert command is not None
-    script = (ROOT / ".ci" / "run").read_text()
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
     for part in command[1].split(" && "):
-        assert part.replace("install ", "").replace("python -m pip ", "") in script.replace(
-            "install --quiet ", ""
-        ).replace("python -m pip ", "")
+        assert part in lines
 
 
 def test_modules_import_only_what_stands_above_them_in_the_design() -> None:
