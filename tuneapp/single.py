@@ -115,15 +115,9 @@ def _train(run: RunDir, record: RunRecord, study: Study) -> None:
 
     with log_to(folder / "log.txt"):
         try:
-            config, trial_run = assemble(
-                run, record, trial_id, proposal.params, has_gpu=record.gpus_per_trial > 0
-            )
-            run_trial(
-                config,
-                trial_run,
-                report,
-                resume_from=folder / "checkpoints",
-            )
+            has_gpu = record.gpus_per_trial > 0 and torch.cuda.is_available()
+            config, trial_run = assemble(run, record, trial_id, proposal.params, has_gpu=has_gpu)
+            run_trial(config, trial_run, report, resume_from=folder / "checkpoints")
         except Diverged as error:
             study.end(trial_id, "diverged", str(error))
         except Exception as error:
