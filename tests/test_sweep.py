@@ -137,14 +137,14 @@ def test_trials_share_processes_and_yet_are_what_they_are_alone(
 def test_a_sweep_killed_half_way_and_resumed_has_every_trial_once(
     tuneapp: Start, small_space: Path, photos: Path, tmp_path: Path
 ) -> None:
-    words = ["sweep", small_space, "--data", photos, "--trials", 5, "--name", "killed"]
+    words = ["sweep", small_space, "--data", photos, "--trials", 4, "--name", "killed"]
     process = tuneapp(*words, "--concurrent", 2, cwd=tmp_path)
     run = tmp_path / "runs" / "killed"
-    # Some trials have ended, and at least one is in the middle.
+    # A trial has ended, and another is in the middle.
     wait_for(
         run,
         lambda events: (
-            len(ends_of(events)) >= 2
+            len(ends_of(events)) >= 1
             and any(
                 len(r) in (1, 2, 3) and t not in ends_of(events) for t, r in rows_of(events).items()
             )
@@ -154,7 +154,7 @@ def test_a_sweep_killed_half_way_and_resumed_has_every_trial_once(
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     before = read_ledger(run)
-    unfinished = [e["trial"] for e in before if e["event"] == "proposed"][len(ends_of(before)) :]
+    unfinished = {e["trial"] for e in before if e["event"] == "proposed"} - set(ends_of(before))
     assert unfinished, "the kill came too late to prove anything"
 
     # At once: trial processes of the dead sweep may still be writing.
@@ -164,10 +164,10 @@ def test_a_sweep_killed_half_way_and_resumed_has_every_trial_once(
     after = read_ledger(run)
     assert after[: len(before)] == before
     assert [e["trial"] for e in after if e["event"] == "proposed"] == [
-        f"t{i:04d}" for i in range(1, 6)
+        f"t{i:04d}" for i in range(1, 5)
     ]
     assert Counter(e["trial"] for e in after if e["event"] == "ended") == Counter(
-        f"t{i:04d}" for i in range(1, 6)
+        f"t{i:04d}" for i in range(1, 5)
     )
     for trial_id, rows in rows_of(after).items():
         assert [r["epoch"] for r in rows] == list(range(1, len(rows) + 1))
