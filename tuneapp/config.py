@@ -29,6 +29,7 @@ class _Checked:
     """Collects every mistake of a value before raising once."""
 
     def _mistakes(self) -> list[str]:
+        """Return what is wrong, a line each; every class says it for its own fields."""
         raise NotImplementedError
 
     def __post_init__(self) -> None:

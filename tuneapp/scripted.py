@@ -39,6 +39,7 @@ class _SuggestOnly(optuna.trial.BaseTrial):
         self.values: dict[str, Any] = {}
 
     def _value(self, name: str, distribution: BaseDistribution) -> Any:
+        """Return the answer to the first question for `name`; each kind of script has its own."""
         raise NotImplementedError
 
     def _suggest(self, name: str, distribution: BaseDistribution) -> Any:
