@@ -1,3 +1,4 @@
+import copy
 import json
 import logging
 import os
@@ -6,6 +7,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +18,15 @@ from torch import nn
 from torch.nn import functional as F
 
 import tuneapp
-from tuneapp.checkpoint import MANIFEST, TrainState, read_best
-from tuneapp.config import Cosine, Sgd, TrialConfig
+from tuneapp import config as c
+from tuneapp.average import WeightAverage
+from tuneapp.checkpoint import MANIFEST, TrainState, read_best, validated_weights
+from tuneapp.config import Cosine, Plateau, Sgd, TrialConfig
 from tuneapp.errors import CheckpointError
-from tuneapp.models import RESNET, StagedModel
-from tuneapp.optim import build_optimizer, build_schedule
+from tuneapp.families import RESNET
+from tuneapp.models import StagedModel, freeze_as
+from tuneapp.optim import build_optimizer
+from tuneapp.schedules import Schedule
 
 CONFIG = TrialConfig(
     model="resnet18",
@@ -28,6 +35,7 @@ CONFIG = TrialConfig(
     epochs=5,
     freeze_depth=3,
 )
+STEPS = 2  # of an epoch
 
 
 def fresh(config: TrialConfig = CONFIG, seed: int = 0) -> TrainState:
@@ -40,18 +48,26 @@ def fresh(config: TrialConfig = CONFIG, seed: int = 0) -> TrainState:
         setattr(net, f"layer{i}", nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
     net.avgpool, net.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(4, 3)
     model = StagedModel(net, RESNET)
-    model.freeze(config.freeze_depth)
+    freeze_as(model, config)
     optimizer = build_optimizer(model, config)
-    schedule = build_schedule(optimizer, config, steps_per_epoch=2)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=3)
-    return TrainState(model, optimizer, schedule, scaler, config.as_dict())
+    return TrainState(
+        model=model,
+        optimizer=optimizer,
+        schedule=Schedule(optimizer, config, STEPS),
+        scaler=torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=3),
+        config=config,
+        steps_per_epoch=STEPS,
+        average=None if config.ema_decay is None else WeightAverage(model, config.ema_decay),
+    )
 
 
 def train(state: TrainState, *, is_best: bool) -> None:
     """One epoch of two steps, whose images are drawn from the global generator."""
+    state.enter(state.epoch + 1)
     state.model.train()
+    rates = {f"lr/{g['stage']}": g["lr"] for g in state.optimizer.param_groups}
     total = 0.0
-    for _ in range(2):
+    for _ in range(STEPS):
         state.optimizer.zero_grad()
         logits = state.model(torch.randn(4, 3, 8, 8))
         loss = F.cross_entropy(F.dropout(logits), torch.tensor([0, 1, 2, 0]))
@@ -59,8 +75,14 @@ def train(state: TrainState, *, is_best: bool) -> None:
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.schedule.step()
+        if state.average is not None:
+            state.average.update(state.model)
         total += float(loss.detach())
-    state.history.append({"epoch": state.epoch + 1, "train/loss": total / 2})
+    # A plateau, which looks at it, finds no improvement in the epochs 2, 4 and 5.
+    val_loss = [1.0, 1.0, 0.5, 0.5, 0.5][state.epoch]
+    row = {"epoch": state.epoch + 1, "train/loss": total / STEPS, "val/loss": val_loss, **rates}
+    state.schedule.end_epoch(row)
+    state.history.append(row)
     if is_best:
         state.best_epoch = state.epoch
 
@@ -84,9 +106,12 @@ def everything(state: TrainState) -> bytes:
             return [(repr(k), plain(v)) for k, v in value.items()]
         return [plain(v) for v in value] if isinstance(value, list | tuple) else repr(value)
 
-    parts = (state.model, state.optimizer, state.schedule, state.scaler)
-    rest = (state.history, state.best_epoch, torch.get_rng_state())
-    return repr([plain(part.state_dict()) for part in parts] + [plain(r) for r in rest]).encode()
+    parts = (state.model, state.optimizer, state.schedule, state.scaler, state.average)
+    trained = [p.requires_grad for p in state.model.parameters()]
+    modes = [m.training for m in state.model.train().modules()]
+    rest = (state.history, state.best_epoch, torch.get_rng_state(), trained, modes)
+    states = [None if part is None else plain(part.state_dict()) for part in parts]
+    return repr(states + [plain(r) for r in rest]).encode()
 
 
 def checkpoints(folder: Path) -> list[str]:
@@ -198,7 +223,236 @@ def test_an_empty_folder_is_no_checkpoint(made: bool, tmp_path: Path) -> None:
         read_best(folder)
 
 
+# --- Stages that are unfrozen, and the average of the weights -------------------------------------
+
+# Two of the six stages are trained at first, three from epoch 2 on, and all from epoch 4 on.
+GRADUAL = replace(CONFIG, freeze_depth=4, unfreeze_at={2: 3, 4: -6}, lr_ratio=0.5)
+UNFREEZINGS = {
+    "sgd with momentum": GRADUAL,
+    "weight decay": replace(GRADUAL, optimizer=Sgd(lr=0.1, weight_decay=0.1)),
+    "no decay of norms": replace(
+        GRADUAL, optimizer=c.AdamW(lr=0.01, weight_decay=0.1), decay_norms_and_biases=False
+    ),
+    "adam": replace(GRADUAL, optimizer=c.Adam(lr=0.01)),
+    "rmsprop": replace(GRADUAL, optimizer=c.RmsProp(lr=0.01, momentum=0.9, centered=True)),
+    "plateau": replace(GRADUAL, schedule=Plateau(patience=0, factor=0.5)),
+    "plateau of adam, warmed up": replace(
+        GRADUAL,
+        optimizer=c.AdamW(lr=0.01),
+        schedule=Plateau(patience=0, factor=0.5, cooldown=1, warmup_fraction=0.3),
+    ),
+    "one cycle": replace(GRADUAL, schedule=c.OneCycle()),
+    "cyclic": replace(GRADUAL, schedule=c.Cyclic(up_epochs=1, warmup_fraction=0.1)),
+    "cosine with restarts": replace(GRADUAL, schedule=c.CosineRestarts(first_epochs=2)),
+    "multi-step": replace(GRADUAL, schedule=c.MultiStep(milestones=[1, 4], gamma=0.5)),
+    "exponential": replace(GRADUAL, schedule=c.Exponential(gamma=0.5)),
+    "polynomial": replace(GRADUAL, schedule=c.Polynomial(power=0.9)),
+    "average": replace(GRADUAL, ema_decay=0.9),
+    "batchnorm that follows": replace(GRADUAL, frozen_batchnorm="train"),
+    "all at once": replace(
+        GRADUAL,
+        optimizer=c.AdamW(lr=0.01),
+        schedule=Plateau(patience=0),
+        ema_decay=0.9,
+        frozen_batchnorm="train",
+    ),
+}
+every_unfreezing = pytest.mark.parametrize("config", UNFREEZINGS.values(), ids=UNFREEZINGS.keys())
+
+
+@every_unfreezing
+def test_unfreezing_survives_an_interruption_after_each_epoch(
+    config: TrialConfig, tmp_path: Path
+) -> None:
+    straight = fresh(config)
+    for _ in range(5):
+        train(straight, is_best=False)
+    wanted = everything(straight)
+
+    state = fresh(config)
+    for done in range(1, 5):
+        train(state, is_best=False)
+        saved = everything(state)
+        folder = tmp_path / str(done)
+        state.save(folder)
+        other = fresh(config, seed=99)
+        assert other.load(folder)
+        assert everything(other) == saved, f"as read after epoch {done}"
+        for _ in range(done, 5):
+            train(other, is_best=False)
+        assert everything(other) == wanted, f"interrupted after epoch {done}"
+        # And one that is interrupted after each and every epoch.
+        state = fresh(config, seed=98)
+        state.load(folder)
+
+
+def test_stages_are_unfrozen_in_their_epochs_and_stay_so_after_a_load(tmp_path: Path) -> None:
+    wanted = {1: 4, 2: 3, 3: 3, 4: 0, 5: 0}
+    state = fresh(GRADUAL)
+    for epoch, depth in wanted.items():
+        assert state.enter(epoch) == (epoch in (2, 4))
+        assert not state.enter(epoch)
+        train(state, is_best=False)
+        state.save(tmp_path)
+        read = fresh(GRADUAL, seed=99)
+        read.load(tmp_path)
+        for each in (state, read):
+            trained = [all(p.requires_grad for p in s.parameters()) for s in each.model.stages]
+            assert trained == [index >= depth for index in range(6)]
+            assert len(each.optimizer.param_groups) == 6 - depth
+
+
+class Twin:
+    """The training of `fresh(GRADUAL)` in plain torch: one optimizer and schedule throughout.
+
+    All stages are in it from the beginning. What is frozen has no gradient, and torch's optimizers
+    pass over that, so its state begins with its first gradient.
+    """
+
+    def __init__(self, make: Callable[[Any], torch.optim.Optimizer], lr: float) -> None:
+        self.model = fresh(GRADUAL).model
+        stages = self.model.stages
+        self.optimizer = make(
+            [
+                {"params": stage.parameters(), "lr": lr * 0.5 ** (5 - index)}
+                for index, stage in enumerate(stages)
+            ]
+        )
+        rise = torch.optim.lr_scheduler.LinearLR(self.optimizer, 0.01, total_iters=2)
+        fall = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=8)
+        self.schedule = torch.optim.lr_scheduler.SequentialLR(self.optimizer, [rise, fall], [2])
+
+    def train(self, depth: int) -> None:
+        for index, stage in enumerate(self.model.stages):
+            stage.module.train(index >= depth)
+        for _ in range(STEPS):
+            self.optimizer.zero_grad()
+            logits = self.model(torch.randn(4, 3, 8, 8))
+            F.cross_entropy(F.dropout(logits), torch.tensor([0, 1, 2, 0])).backward()
+            for stage in self.model.stages[:depth]:
+                for parameter in stage.parameters():
+                    parameter.grad = None
+            self.optimizer.step()
+            self.schedule.step()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "make", "lr"),
+    [
+        (Sgd(lr=0.1), lambda groups: torch.optim.SGD(groups, momentum=0.9), 0.1),
+        (
+            c.AdamW(lr=0.01, weight_decay=0.1),
+            lambda groups: torch.optim.AdamW(groups, weight_decay=0.1),
+            0.01,
+        ),
+        (
+            c.RmsProp(lr=0.01, momentum=0.9),
+            lambda groups: torch.optim.RMSprop(groups, momentum=0.9),
+            0.01,
+        ),
+    ],
+    ids=["sgd", "adamw", "rmsprop"],
+)
+def test_unfreezing_trains_as_one_optimizer_would_that_had_all_stages_from_the_beginning(
+    chosen: c.Optimizer, make: Callable[[Any], torch.optim.Optimizer], lr: float
+) -> None:
+    twin = Twin(make, lr)
+    for stage in twin.model.stages:
+        stage.module.requires_grad_(True)
+    for depth in (4, 3, 3, 0, 0):
+        twin.train(depth)
+
+    state = fresh(replace(GRADUAL, optimizer=chosen))
+    start = copy.deepcopy(state.model)
+    for _ in range(5):
+        train(state, is_best=False)
+    for name, tensor in state.model.state_dict().items():
+        assert torch.allclose(tensor, twin.model.state_dict()[name], rtol=1e-4, atol=1e-5), name
+        is_weight = tensor.ndim > 1  # a bias before BatchNorm has hardly a gradient
+        assert not (is_weight and torch.equal(tensor, start.state_dict()[name])), name
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "remembered"),
+    [(Sgd(lr=0.1), {"momentum_buffer"}), (c.Adam(lr=0.01), {"step", "exp_avg", "exp_avg_sq"})],
+    ids=["sgd", "adam"],
+)
+def test_what_was_trained_already_keeps_its_momentum_and_what_is_new_has_none(
+    optimizer: c.Optimizer, remembered: set[str]
+) -> None:
+    state = fresh(replace(GRADUAL, optimizer=optimizer))
+    train(state, is_best=False)
+    head, layer3 = state.model.stages[5].parameters(), state.model.stages[3].parameters()
+    before = [copy.deepcopy(state.optimizer.state[p]) for p in head]
+    assert state.enter(2)
+    for parameter, was in zip(head, before, strict=True):
+        now = state.optimizer.state[parameter]
+        assert set(now) == remembered
+        assert all(torch.equal(now[name], was[name]) for name in remembered)
+        assert all(bool(now[name].any()) for name in remembered)
+    assert all(parameter not in state.optimizer.state for parameter in layer3)
+    held = {id(p) for group in state.optimizer.param_groups for p in group["params"]}
+    assert held >= {id(p) for p in layer3}
+
+
+@every_unfreezing
+def test_a_stage_that_is_unfrozen_is_where_the_schedule_of_the_others_is(
+    config: TrialConfig,
+) -> None:
+    # At a ratio of 1/2, each rate is half of that above it, in every epoch.
+    state = fresh(config)
+    for _ in range(5):
+        train(state, is_best=False)
+    names = ["stem", "layer1", "layer2", "layer3", "layer4", "head"]
+    for row, depth in zip(state.history, (4, 3, 3, 0, 0), strict=True):
+        rates = [row[f"lr/{name}"] for name in names[depth:]]
+        assert {name for name in row if name.startswith("lr/")} == {
+            f"lr/{name}" for name in names[depth:]
+        }
+        assert all(a == pytest.approx(b / 2, rel=1e-9, abs=1e-12) for a, b in pairwise(rates))
+
+
+def test_the_average_is_what_was_validated(tmp_path: Path) -> None:
+    state = fresh(replace(GRADUAL, ema_decay=0.9))
+    for _ in range(3):
+        train(state, is_best=True)
+    state.save(tmp_path)
+    assert state.average is not None
+    content = read_best(tmp_path)
+    read = validated_weights(content)
+    averaged = state.average.model.state_dict()
+    assert read.keys() == averaged.keys() == state.model.state_dict().keys()
+    assert all(torch.equal(read[name], tensor) for name, tensor in averaged.items())
+    assert any(not torch.equal(read[name], content["model"][name]) for name in averaged)
+
+
+def test_without_an_average_the_model_is_what_was_validated(tmp_path: Path) -> None:
+    state = trained(tmp_path, epochs=2, best=2)
+    read = validated_weights(read_best(tmp_path))
+    own = state.model.state_dict()
+    assert read.keys() == own.keys()
+    assert all(torch.equal(read[name], tensor) for name, tensor in own.items())
+
+
 # --- Damage ---------------------------------------------------------------------------------------
+
+
+def test_a_fall_back_to_before_an_unfreezing_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    straight = fresh(GRADUAL)
+    for epoch in range(1, 6):
+        train(straight, is_best=epoch == 1)
+    wanted = everything(straight)
+    state = fresh(GRADUAL)
+    for epoch in range(1, 5):
+        train(state, is_best=epoch == 1)
+        state.save(tmp_path)
+    flip_a_bit(epoch_file(tmp_path, "last"))
+    read = fresh(GRADUAL, seed=99)
+    assert read.load(tmp_path)
+    assert read.epoch == 1
+    for _ in range(2, 6):
+        train(read, is_best=False)
+    assert everything(read) == wanted
 
 
 @pytest.mark.parametrize("spoil", [truncate, flip_a_bit, Path.unlink])
@@ -266,9 +520,12 @@ def test_a_damaged_manifest_is_no_checkpoint(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        TrialConfig(model="resnet18", optimizer=Sgd(lr=0.2), epochs=5, freeze_depth=3),
-        TrialConfig(model="resnet18", optimizer=Sgd(lr=0.1), epochs=5, freeze_depth=3, seed=1),
+        replace(CONFIG, optimizer=Sgd(lr=0.2)),
+        replace(CONFIG, seed=1),
+        replace(CONFIG, ema_decay=0.9),
+        replace(CONFIG, unfreeze_at={2: 1}),
     ],
+    ids=["optimizer", "seed", "ema_decay", "unfreeze_at"],
 )
 def test_a_checkpoint_of_another_configuration_is_refused(
     other: TrialConfig, tmp_path: Path

@@ -1,5 +1,6 @@
 """The command line as a user meets it: exit codes, one-line errors, and the same numbers again."""
 
+import io
 import os
 import re
 import signal
@@ -12,11 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from tests.conftest import SMALL_SPACE, read_ledger
+from tuneapp.anatomy import read_anatomy
 from tuneapp.cli import main
 from tuneapp.data.store import open_store
 from tuneapp.data.views import Batches, evaluation_view
+from tuneapp.display import anatomy_table
 from tuneapp.loop import Precision, evaluate
 from tuneapp.prepare import load_model, read_run_images
 from tuneapp.rundir import open_run
@@ -66,8 +70,62 @@ def test_show_names_ranges_conditions_and_recipes(capsys: pytest.CaptureFixture[
     assert "  1  freeze_depth=5" in text
 
 
+def test_show_model_names_its_stages_what_is_left_to_train_and_what_they_cost(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["show", "--model", "resnet18"]) == 0
+    text = capsys.readouterr().out
+    assert "224 x 224 pixels" in text
+    assert "1,000 classes" in text
+    assert re.search(r"depth +stage +output +parameters +trainable from here +GFLOPs", text)
+    # All but the stem, 64 x 3 x 7 x 7 weights and a norm, is left to train at depth 1.
+    assert re.search(r"^ +0  stem +64 x 56 x 56 +9,536 +11,689,512 +0\.236 *$", text, re.M)
+    assert re.search(r"^ +1  layer1 +64 x 56 x 56 +147,968 +11,679,976 ", text, re.M)
+    assert re.search(r"^ +5  head +1,000 +513,000 +513,000 +0\.001 *$", text, re.M)
+    assert re.search(r"^ +total +11,689,512 +3\.628 *$", text, re.M)
+    assert main(["show", "--model", "resnet18", "--image-size", "64"]) == 0
+    text = capsys.readouterr().out
+    assert "64 x 64 pixels" in text
+    assert re.search(r"^ +0  stem +64 x 16 x 16 +9,536 +11,689,512 +19\.3 *$", text, re.M)
+    assert "MFLOPs" in text
+
+
+def test_show_model_finds_a_network_in_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "shown_network.py").write_text(
+        "from torch import nn\n\n\n"
+        "def build(classes):\n"
+        "    stages = {'st[e]m': nn.Conv2d(3, 4, 1), 'head': nn.Linear(32, classes)}\n"
+        "    network = nn.Sequential(*stages.values())\n"
+        "    network.stages = lambda: stages\n"
+        "    return network\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    assert main(["show", "--model", "shown_network:build", "--image-size", "32"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^ +0  st\[e\]m +4 x 32 x 32 +16 +346 ", text, re.M)
+    assert "10 classes" in text
+
+
+@pytest.mark.parametrize("model", ["efficientnet_b0", "vit_b_16", "googlenet", "regnet_y_128gf"])
+def test_the_table_of_a_model_fits_a_terminal_of_80_columns(model: str) -> None:
+    console = Console(width=80, file=io.StringIO())
+    console.print(anatomy_table(read_anatomy(model)))
+    text = console.file.getvalue()
+    assert "…" not in text
+    assert text.count("\n") == len(read_anatomy(model).stages) + 2
+
+
 BAD_INPUT = [
     (["show", "search_spaces/resent.py"], ["resent.py", "no such search-space file"]),
+    (["show"], ["either SPACE or --model NAME"]),
+    (["show", "SPACE", "--model", "resnet18"], ["either SPACE or --model NAME"]),
+    (["show", "SPACE", "--image-size", "64"], ["--image-size 64", "goes with --model NAME"]),
+    (["show", "--model", "resnet81"], ["'resnet81' is unknown", "did you mean 'resnet18'?"]),
+    (["show", "--model", "nothing:build"], ["'nothing:build'", "cannot import nothing"]),
+    (["show", "--model", "vgg11", "--image-size", "20"], ["20 x 20", "--image-size 32"]),
     (["sweep", "nothing.py"], ["nothing.py", "no such search-space file"]),
     (["sweep", "SPACE", "--trials", "0"], ["--trials 0", "at least 1"]),
     (["sweep", "SPACE", "--epochs", "0"], ["epochs", ">= 1", "got 0"]),

@@ -26,6 +26,7 @@ from tuneapp.errors import ConfigError
 NAN, INF = float("nan"), float("inf")
 ABOVE_ZERO, AT_LEAST_ZERO = "a number > 0", "a number >= 0"
 FRACTION = "a number in [0, 1)"
+SHARE = "a share of the training in [0, 1)"
 GOOD = {
     Sgd: {"lr": 0.1},
     Adam: {"lr": 0.1},
@@ -56,9 +57,9 @@ BAD = [
             (AdamW, "lr", ABOVE_ZERO, NOT_ABOVE_ZERO),
             (AdamW, "beta1", FRACTION, NOT_A_FRACTION),
             (AdamW, "weight_decay", AT_LEAST_ZERO, NOT_AT_LEAST_ZERO),
-            (Constant, "warmup_fraction", FRACTION, NOT_A_FRACTION),
-            (Cosine, "warmup_fraction", FRACTION, NOT_A_FRACTION),
-            (Step, "warmup_fraction", FRACTION, NOT_A_FRACTION),
+            (Constant, "warmup_fraction", SHARE, NOT_A_FRACTION),
+            (Cosine, "warmup_fraction", SHARE, NOT_A_FRACTION),
+            (Step, "warmup_fraction", SHARE, NOT_A_FRACTION),
             (Step, "every_epochs", "a whole number >= 1", [0, -1, 1.0, True, "1", None]),
             (Step, "gamma", "in (0, 1]", [0, -0.1, 1.1, NAN, True, "1", None]),
             (OneCycle, "pct_start", "a number in (0, 1)", [0, 1, -0.1, NAN, "0.5", None]),
@@ -67,7 +68,7 @@ BAD = [
             (CrossEntropy, "label_smoothing", FRACTION, NOT_A_FRACTION),
             (TrialConfig, "epochs", "a whole number >= 1", [0, -1, 2.0, True, "2", None]),
             (TrialConfig, "batch_size", "a whole number >= 1", [0, -1, 2.0, True]),
-            (TrialConfig, "freeze_depth", "a whole number >= 0", [-1, 1.0, True, "1", None]),
+            (TrialConfig, "freeze_depth", "a whole number", [1.0, True, "1", None]),
             (TrialConfig, "seed", "a whole number >= 0", [-1, 0.0, False, "0", None]),
             (TrialConfig, "augment", "one of 'none', 'light', 'standard'", ["lite", None, 1]),
             (TrialConfig, "amp", "one of 'auto', 'bf16', 'fp16', 'off'", ["on", None, True]),

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
-from tuneapp.config import canonical_json
+from tuneapp.average import WeightAverage
+from tuneapp.config import TrialConfig, canonical_json
 from tuneapp.errors import CheckpointError
-from tuneapp.models import StagedModel
+from tuneapp.models import StagedModel, freeze_as
+from tuneapp.optim import rebuild_optimizer
 from tuneapp.rundir import write_atomically, write_json
+from tuneapp.schedules import Schedule
 
 log = logging.getLogger(__name__)
 
@@ -35,16 +37,20 @@ class TrainState:
     """Everything that the next epoch depends on.
 
     Attributes:
-        config: the trial's configuration as plain values; a checkpoint of another one is refused.
+        config: the trial's configuration; a checkpoint of another one is refused.
+        steps_per_epoch: optimizer steps of an epoch.
+        average: of the weights, where the configuration asks for one.
         history: one row of metrics for each epoch done, oldest first.
         best_epoch: the epoch of the best metric so far; 0 before the first.
     """
 
     model: StagedModel
     optimizer: Optimizer
-    schedule: LRScheduler
+    schedule: Schedule
     scaler: GradScaler
-    config: dict[str, Any]
+    config: TrialConfig
+    steps_per_epoch: int
+    average: WeightAverage | None = None
     history: list[Row] = field(default_factory=list)
     best_epoch: int = 0
 
@@ -52,6 +58,22 @@ class TrainState:
     def epoch(self) -> int:
         """Epochs done."""
         return len(self.history)
+
+    def enter(self, epoch: int) -> bool:
+        """Unfreeze what this epoch is to train and the one before did not.
+
+        The optimizer keeps what it knows of the stages that were trained already; the schedule of
+        the new ones is where that of the others is.
+
+        Returns:
+            Whether anything was unfrozen.
+        """
+        if not freeze_as(self.model, self.config, epoch):
+            return False
+        self.optimizer = rebuild_optimizer(self.optimizer, self.model, self.config)
+        self.schedule = Schedule(self.optimizer, self.config, self.steps_per_epoch)
+        self.schedule.replay(self.history)
+        return True
 
     def save(self, folder: Path) -> None:
         """Write this epoch, and keep only it and the best one.
@@ -90,8 +112,9 @@ class TrainState:
     def _content(self) -> dict[str, Any]:
         device = next(self.model.parameters()).device
         return {
-            "config": canonical_json(self.config),
+            "config": canonical_json(self.config.as_dict()),
             "model": self.model.state_dict(),
+            "ema": None if self.average is None else self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -104,16 +127,19 @@ class TrainState:
         }
 
     def _restore(self, content: dict[str, Any], folder: Path) -> None:
-        if content["config"] != canonical_json(self.config):
+        if content["config"] != canonical_json(self.config.as_dict()):
             raise CheckpointError(
                 f"{folder} holds the checkpoint of another configuration: {content['config']}"
             )
+        self.history = content["history"]
+        self.best_epoch = content["best_epoch"]
+        self.enter(self.epoch)  # the optimizer's groups are those of the epoch that was saved
         self.model.load_state_dict(content["model"])
+        if self.average is not None:
+            self.average.load_state_dict(content["ema"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.schedule.load_state_dict(content["schedule"])
         self.scaler.load_state_dict(content["scaler"])
-        self.history = content["history"]
-        self.best_epoch = content["best_epoch"]
         torch.set_rng_state(content["generators"]["cpu"])
         device = next(self.model.parameters()).device
         if content["generators"]["cuda"] is not None and device.type == "cuda":
@@ -122,7 +148,10 @@ class TrainState:
 
 
 def read_best(folder: Path) -> dict[str, Any]:
-    """Return the content of the best checkpoint in `folder`: `model` is its state_dict.
+    """Return the content of the best checkpoint in `folder`.
+
+    `model` is its state_dict, and `ema`, where there is one, that of the average that was
+    validated.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
@@ -132,6 +161,16 @@ def read_best(folder: Path) -> dict[str, Any]:
     if content is None:
         raise CheckpointError(f"{folder} holds no intact best checkpoint")
     return content
+
+
+def validated_weights(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the state_dict of a checkpoint's model as it was validated: the average, if any."""
+    averaged = content.get("ema")
+    if averaged is None:
+        weights: dict[str, Any] = content["model"]
+        return weights
+    prefix = "module."
+    return {k.removeprefix(prefix): v for k, v in averaged.items() if k.startswith(prefix)}
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

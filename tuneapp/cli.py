@@ -259,8 +259,60 @@ def train(
 
 
 @_command
-def show(space: SpaceFile) -> int:
-    """Show what SPACE searches: its parameters, their ranges and conditions, its recipes."""
+def show(
+    space: Annotated[
+        Path | None, typer.Argument(metavar="SPACE", help="A search-space file.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A torchvision classifier, or the import path of a network of your own, such as "
+            "package.module:build.",
+        ),
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PIXELS",
+            help="With --model: height and width of an image. Default: what its weights were made "
+            "for; 224 for a network of your own.",
+        ),
+    ] = None,
+) -> int:
+    """Show what SPACE searches, or the stages of a model.
+
+    Of SPACE: its parameters, their ranges and conditions, its recipes. Of a model, stage by
+    stage: what it puts out, its parameters, what is left to train at each freeze depth, its FLOPs.
+    """
+    if (space is None) == (model is None):
+        raise ConfigError("give either SPACE or --model NAME")
+    if model is not None:
+        return _show_model(model, image_size)
+    if image_size is not None:
+        raise ConfigError(f"--image-size {image_size}: goes with --model NAME")
+    assert space is not None
+    return _show_space(space)
+
+
+def _show_model(model: str, image_size: int | None) -> int:
+    from tuneapp.own import import_from
+
+    import_from([str(Path.cwd())])
+    from tuneapp.anatomy import read_anatomy
+    from tuneapp.display import anatomy_table
+
+    anatomy = read_anatomy(model, image_size)
+    size, classes = anatomy.image_size, anatomy.stages[-1].output
+    head = f", {classes[-1]:,} classes" if classes else ""
+    _say(f"{model}: {len(anatomy.stages)} stages; one image of {size} x {size} pixels{head}\n")
+    out.print(anatomy_table(anatomy))
+    _say("\ndepth: as freeze_depth, freezes the stages above; 'trainable from here' is the rest")
+    _say("FLOPs: forward, 2 per multiply-add; without normalisation, activations and pooling")
+    return 0
+
+
+def _show_space(space: Path) -> int:
     from rich.table import Table
 
     from tuneapp.display import say_params

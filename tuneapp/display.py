@@ -16,6 +16,7 @@ from tuneapp.ledger import Event
 from tuneapp.records import TrialRecord, best_record, flat, read_records, trials_wanted
 
 if TYPE_CHECKING:
+    from tuneapp.anatomy import Anatomy
     from tuneapp.summary import Summary
 
 STATE_STYLES = {
@@ -145,6 +146,34 @@ def trials_table(
             Text(say_params_shortly(record.params)),
             style="bold" if record.trial_id == best_id else None,
         )
+    return table
+
+
+def anatomy_table(anatomy: "Anatomy") -> Table:
+    """Return the table of a network's stages, from stem to head, and their sums."""
+    giga = anatomy.flops >= 1e9
+    table = Table(box=None, pad_edge=False)
+    table.add_column("depth", justify="right", no_wrap=True)
+    table.add_column("stage", overflow="fold")
+    table.add_column("output", no_wrap=True)
+    table.add_column("parameters", justify="right", no_wrap=True)
+    table.add_column("trainable from here", justify="right")
+    table.add_column("GFLOPs" if giga else "MFLOPs", justify="right", no_wrap=True)
+
+    def say_flops(flops: int) -> str:
+        return f"{flops / 1e9:,.3f}" if giga else f"{flops / 1e6:,.1f}"
+
+    for depth, stage in enumerate(anatomy.stages):
+        table.add_row(
+            str(depth),
+            Text(stage.name),
+            "?" if stage.output is None else " x ".join(f"{size:,}" for size in stage.output),
+            f"{stage.parameters:,}",
+            f"{stage.trainable:,}",
+            say_flops(stage.flops),
+        )
+    sums = (f"{anatomy.parameters:,}", "", say_flops(anatomy.flops))
+    table.add_row("", "total", "", *sums, style="bold")
     return table
 
 

@@ -10,19 +10,28 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
+from tuneapp.average import WeightAverage
 from tuneapp.data.views import Batch
 from tuneapp.errors import DataError, Diverged
+from tuneapp.models import StagedModel
 
 READ_EVERY = 50
 """Optimizer steps between two readings of the device."""
+
+
+class Steps(Protocol):
+    """What is stepped after each optimizer step."""
+
+    def step(self) -> object:
+        """Go on by one step."""
 
 
 @dataclass(frozen=True)
@@ -91,25 +100,30 @@ def _quiet_about_skipped_steps() -> Iterator[None]:
 
 @_quiet_about_skipped_steps()
 def train_one_epoch(
-    model: nn.Module,
+    model: StagedModel,
     batches: Iterable[Batch],
     loss_fn: nn.Module,
     optimizer: Optimizer,
-    schedule: LRScheduler,
+    schedule: Steps,
     scaler: GradScaler,
     precision: Precision,
     *,
     epoch: int,
+    average: WeightAverage | None = None,
     clip_norm: float | None = None,
+    clip_value: float | None = None,
     accumulation_steps: int = 1,
 ) -> EpochMetrics:
     """Train `model` on every batch once, stepping the schedule after each optimizer step.
 
     Args:
-        batches: images, float32 (B, 3, H, W) normalised, and labels, int64 (B,), on the device.
-        loss_fn: logits and labels to their mean loss.
+        batches: images, float32 (B, 3, H, W) normalised, and labels, int64 (B,), or the shares of
+            the classes, float (B, classes), on the device.
+        loss_fn: what the model returns, and labels, to their mean loss.
         epoch: from 1; only told in errors.
+        average: follows the weights after each step.
         clip_norm: largest total 2-norm of the gradients; None does not clip.
+        clip_value: largest absolute value of each number of the gradients; None does not clip.
         accumulation_steps: parts in which each batch is computed; fewer where they would hold
             less than two examples.
 
@@ -136,9 +150,13 @@ def train_one_epoch(
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         if clip_norm is not None:
             clip_grads_with_norm_(parameters, clip_norm, norm)
+        if clip_value is not None:
+            clip_grad_value_(parameters, clip_value)
         scaler.step(optimizer)
         scaler.update()
         schedule.step()
+        if average is not None:
+            average.update(model)
         meter.add(batch_loss, norm, len(labels))
     return meter.result()
 

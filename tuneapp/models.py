@@ -1,22 +1,29 @@
 """Classifiers as stages: named, ordered pieces of a network, from the stem to the head.
 
-A family says in one function what its stages are, as the network's own modules in the order in
-which its forward calls them. Freezing, learning rates and feature extraction all speak in stages.
+`families.py` says what the stages of torchvision's networks are; a network of one's own says it by
+its method `stages()`, or else has its top-level children as stages. Freezing, learning rates and
+feature extraction all speak in stages.
 """
 
+import fnmatch
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Self
+from functools import lru_cache, partial
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+from torchvision.ops import StochasticDepth
 
-from tuneapp.config import TrialConfig
+from tuneapp.config import TrialConfig, is_reference
 from tuneapp.errors import ConfigError, did_you_mean
+from tuneapp.families import FAMILIES, Family
+from tuneapp.own import find_own
 
 
 @dataclass(frozen=True)
@@ -35,93 +42,122 @@ class Stage:
         """Return its parameters."""
         return list(self.module.parameters())
 
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Return those of its parameters that are not frozen."""
+        return [p for p in self.module.parameters() if p.requires_grad]
 
-@dataclass(frozen=True)
-class Family:
-    """How the members of one torchvision family are cut into stages and get a new head.
+
+class WithAux(NamedTuple):
+    """What a network with auxiliary classifiers returns while it trains: logits, all (B, classes).
 
     Attributes:
-        stage_names: from the stem to the head; the same for every member.
-        stages: the network's modules of each stage, in the order in which they are called.
-        replace_head: puts a fresh classification layer for so many classes into the network.
-        head_prefix: what the names of the classification layer's parameters begin with.
+        logits: of the head.
+        aux: of each auxiliary classifier.
     """
 
-    stage_names: tuple[str, ...]
-    stages: Callable[[nn.Module], Sequence[Sequence[nn.Module]]]
-    replace_head: Callable[[nn.Module, int], None]
-    head_prefix: str
-
-
-def _resnet_stages(net: nn.Module) -> Sequence[Sequence[nn.Module]]:
-    return (
-        (net.conv1, net.bn1, net.relu, net.maxpool),
-        (net.layer1,),
-        (net.layer2,),
-        (net.layer3,),
-        (net.layer4,),
-        (net.avgpool, nn.Flatten(1), net.fc),
-    )  # type: ignore[return-value]
-
-
-def _resnet_head(net: nn.Module, num_classes: int) -> None:
-    assert isinstance(net.fc, nn.Linear)
-    net.fc = nn.Linear(net.fc.in_features, num_classes)
-
-
-RESNET = Family(
-    stage_names=("stem", "layer1", "layer2", "layer3", "layer4", "head"),
-    stages=_resnet_stages,
-    replace_head=_resnet_head,
-    head_prefix="fc.",
-)
-
-_RESNETS = (
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-    "resnext50_32x4d",
-    "resnext101_32x8d",
-    "resnext101_64x4d",
-    "wide_resnet50_2",
-    "wide_resnet101_2",
-)
-
-FAMILIES: Mapping[str, Family] = MappingProxyType(dict.fromkeys(_RESNETS, RESNET))
+    logits: Tensor
+    aux: tuple[Tensor, ...]
 
 
 class StagedModel(nn.Module):
     """A classifier that is called, frozen and trained stage by stage.
 
-    The torchvision network is `network`, with its own parameter names; the stages are views of its
+    The network itself is `network`, with its own parameter names; the stages are views of its
     modules. Frozen stages stay in `eval()` mode whatever `train()` is told, so that their BatchNorm
     statistics stay put.
     """
 
-    def __init__(self, network: nn.Module, family: Family) -> None:
+    def __init__(self, network: nn.Module, family: Family | None = None) -> None:
+        """Cut `network` into stages.
+
+        Args:
+            network: a torchvision classifier, or one of the user's own.
+            family: of torchvision's; None for one of the user's own.
+
+        Raises:
+            ConfigError: the stages that the network says are not its parts, each once.
+        """
         super().__init__()
         self.network = network
-        modules = family.stages(network)
         # A tuple, which nn.Module does not register: the parameters are counted once, in `network`.
         self.stages = tuple(
-            Stage(name, nn.Sequential(*parts))
-            for name, parts in zip(family.stage_names, modules, strict=True)
+            Stage(name, nn.Sequential(*modules))
+            for name, modules in (family.stages if family else _own_stages)(network).items()
         )
+        # Whether calling the stages one after the other is the network; not known of one's own.
+        self._is_chain = family is not None
+        aux = family.aux if family else {}
+        self._aux_after = {
+            id_of: head
+            for name, after in aux.items()
+            if (head := getattr(network, name)) is not None
+            for id_of in [network.get_submodule(after)]
+        }
         self.freeze_depth = 0
+        self.frozen_batchnorm = "eval"
 
-    def forward(self, x: Tensor, first_stage: int = 0) -> Tensor:
-        """Return the logits, float (B, classes).
+    def forward(
+        self, x: Tensor, first_stage: int = 0, stages: Sequence[str] | None = None
+    ) -> Tensor | WithAux | list[Tensor]:
+        """Return the logits, float (B, classes), or the outputs of some stages.
 
         Args:
             x: images, float32 (B, 3, H, W) normalised; or, with `first_stage` k, what the first k
                 stages made of them.
-            first_stage: index of the stage to begin with.
+            first_stage: index of the stage to begin with; 0 for a network of one's own.
+            stages: names of stages; their outputs are returned as a list in this order, and later
+                stages are not computed. None returns the logits; while training a network with
+                auxiliary classifiers, with theirs.
+
+        Raises:
+            ConfigError: there is no such stage.
         """
+        if stages is not None:
+            return self._features(x, first_stage, stages)
+        if not self._is_chain:
+            assert first_stage == 0, "a network of one's own is called from its beginning"
+            logits: Tensor = self.network(x)
+            return logits
+        aux = []
         for stage in self.stages[first_stage:]:
-            x = stage.module(x)
-        return x
+            for module in stage.module:
+                x = module(x)
+                if self.training and module in self._aux_after:
+                    aux.append(self._aux_after[module](x))
+        return WithAux(x, tuple(aux)) if aux else x
+
+    def _features(self, x: Tensor, first_stage: int, wanted: Sequence[str]) -> list[Tensor]:
+        names = [stage.name for stage in self.stages]
+        unknown = [name for name in wanted if name not in names]
+        if unknown:
+            raise ConfigError(
+                f"stage {unknown[0]!r} is unknown{did_you_mean(unknown[0], names)}; there are "
+                f"{', '.join(names)}"
+            )
+        outputs: dict[str, Tensor] = {}
+        if self._is_chain:
+            last = max((names.index(name) for name in wanted), default=-1)
+            for stage in self.stages[first_stage : last + 1]:
+                x = outputs[stage.name] = stage.module(x)
+        else:
+            self._watch(x, outputs)
+        return [outputs[name] for name in wanted]
+
+    def _watch(self, x: Tensor, outputs: dict[str, Tensor]) -> None:
+        """Call the whole network, and note what the last module of each stage returns."""
+
+        def note(name: str, module: nn.Module, args: object, output: Tensor) -> None:
+            outputs[name] = output
+
+        hooks = [
+            stage.module[-1].register_forward_hook(partial(note, stage.name))
+            for stage in self.stages
+        ]
+        try:
+            self.network(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def freeze(self, depth: int) -> None:
         """Freeze the first `depth` stages and train the rest."""
@@ -130,82 +166,388 @@ class StagedModel(nn.Module):
             stage.module.requires_grad_(index >= depth)
         self.train(self.training)
 
+    def freeze_matching(self, patterns: Sequence[str]) -> None:
+        """Freeze the parameters whose names match one of `patterns`, and train the rest."""
+        for name, parameter in self.network.named_parameters():
+            parameter.requires_grad_(not _matches(name, patterns))
+        trained = [bool(stage.trained_parameters()) for stage in self.stages]
+        self.freeze_depth = trained.index(True) if True in trained else len(trained)
+        self.train(self.training)
+
+    def is_frozen(self, stage: Stage) -> bool:
+        """Whether nothing of a stage is trained."""
+        below = self.stages.index(stage) < self.freeze_depth
+        return below or bool(stage.parameters() and not stage.trained_parameters())
+
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of the stages that train; the frozen ones stay in `eval()`."""
+        """Set the mode of what is trained; what is frozen stays in `eval()`.
+
+        Frozen are whole stages and, elsewhere, BatchNorm layers whose own parameters are. With
+        `frozen_batchnorm` "train", the BatchNorm layers among them take `mode` all the same.
+        """
         super().train(mode)
-        for stage in self.stages[: self.freeze_depth]:
-            stage.module.eval()
+        for stage in self.stages:
+            frozen = self.is_frozen(stage)
+            if frozen:
+                stage.module.eval()
+            for norm in _batch_norms(stage.module):
+                if frozen or not any(p.requires_grad for p in norm.parameters()):
+                    norm.train(mode and self.frozen_batchnorm == "train")
         return self
 
 
-def find_family(model: str) -> Family:
-    """Return the family of a torchvision classifier.
+def _batch_norms(module: nn.Module) -> list[nn.Module]:
+    """Return the BatchNorm layers that have parameters, and so can be frozen."""
+    return [m for m in module.modules() if isinstance(m, _BatchNorm) and m.affine]
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _own_stages(network: nn.Module) -> Mapping[str, Sequence[nn.Module]]:
+    """Return the stages of a network of the user's own, in the order of its data.
+
+    `network.stages()` returns a mapping name -> module, or modules in the order in which they are
+    called. Without it, each top-level child is a stage; one without parameters goes with the one
+    before it.
+    """
+    if not hasattr(network, "stages"):
+        children: dict[str, list[nn.Module]] = {}
+        first: list[nn.Module] = []
+        for name, child in network.named_children():
+            if next(child.parameters(), None) is not None:
+                children[name] = [*first, child]
+                first = []
+            elif children:
+                children[list(children)[-1]].append(child)
+            else:
+                first.append(child)
+        said: Mapping[str, Sequence[nn.Module]] = children
+    else:
+        stages: Any = network.stages
+        said = {
+            str(name): [modules] if isinstance(modules, nn.Module) else list(modules)
+            for name, modules in stages().items()
+        }
+    held = [id(p) for modules in said.values() for p in nn.Sequential(*modules).parameters()]
+    own = {id(p): name for name, p in network.named_parameters()}
+    left_out = [name for key, name in own.items() if key not in held]
+    if left_out or len(held) != len(set(held)) or not said:
+        which = f"{left_out[0]} is in none" if left_out else "one is in two"
+        raise ConfigError(
+            f"{type(network).__name__}: its stages must hold each of its parameters once, but "
+            f"{which}; give it a method stages() that returns a dict name -> module"
+        )
+    return said
+
+
+# --- Building -------------------------------------------------------------------------------------
+
+
+def find_family(model: str) -> Family | None:
+    """Return the family of a torchvision classifier; None for a network of the user's own.
 
     Raises:
-        ConfigError: the name is unknown, or its family has no stages here yet.
+        ConfigError: the name is unknown.
     """
+    if is_reference(model):
+        return None
     if model in FAMILIES:
         return FAMILIES[model]
-    hint = did_you_mean(model, FAMILIES)
-    unknown = model not in torchvision.models.list_models(module=torchvision.models)
     raise ConfigError(
-        f"model {model!r} {'is unknown' if unknown else 'has no stages in tuneapp yet'}{hint}; "
-        f"known: {', '.join(FAMILIES)}"
+        f"model {model!r} is unknown{did_you_mean(model, FAMILIES)}; known: {', '.join(FAMILIES)}, "
+        "or the import path of a function, such as 'package.module:build'"
     )
 
 
-def build_network(model: str, num_classes: int) -> nn.Module:
-    """Return torchvision's network with random weights and a head for `num_classes`.
+def build_network(
+    model: str, num_classes: int, *, image_size: int | None = None, aux: bool = False
+) -> nn.Module:
+    """Return the network with random weights and a head for `num_classes`.
 
     The draws come from torch's global generator: seed it before.
+
+    Args:
+        model: as in `TrialConfig.model`.
+        num_classes: size of the head.
+        image_size: pixels, for networks that are made for one size; None is their usual one.
+        aux: with the auxiliary classifiers, where it has some.
+
+    Raises:
+        ConfigError: the name is unknown, there is no such function, or it returns no network.
     """
     family = find_family(model)
-    network: nn.Module = torchvision.models.get_model(model, weights=None)
-    family.replace_head(network, num_classes)
-    return network
+    if family is None:
+        network = find_own(model, "model")(num_classes)
+        if not isinstance(network, nn.Module):
+            raise ConfigError(f"model {model!r} returned {type(network).__name__}, no nn.Module")
+        return network
+    options = {**family.options, "num_classes": num_classes}
+    if family.aux:
+        options["aux_logits"] = aux
+    if family.size_argument and image_size is not None:
+        # MaxViT wants height and width, ViT one number.
+        both = (image_size, image_size)
+        options[family.size_argument] = both if family.size_argument == "input_size" else image_size
+    built: nn.Module = torchvision.models.get_model(model, weights=None, **options)
+    return built
+
+
+def build_staged(
+    config: TrialConfig, num_classes: int, image_size: int | None = None
+) -> StagedModel:
+    """Return the network of a configuration, in stages, with random weights and nothing frozen."""
+    network = build_network(
+        config.model, num_classes, image_size=image_size, aux=config.aux_weight > 0
+    )
+    set_dropout(network, config.dropout, config.stochastic_depth)
+    return StagedModel(network, find_family(config.model))
+
+
+def set_dropout(
+    network: nn.Module, dropout: float | None, stochastic_depth: float | None
+) -> tuple[int, int]:
+    """Give the network's dropout and stochastic-depth layers other probabilities.
+
+    Stochastic depth keeps its linear rise over the blocks (Huang et al. 2016, and torchvision); the
+    last block gets the value itself.
+
+    Returns:
+        How many layers there are of each kind.
+    """
+    drops = [m for m in network.modules() if isinstance(m, nn.Dropout) or hasattr(m, "drop_rate")]
+    skips = [m for m in network.modules() if isinstance(m, StochasticDepth)]
+    if dropout is not None:
+        for layer in drops:
+            # DenseNet's layers call the function, with a field of their own.
+            setattr(layer, "p" if isinstance(layer, nn.Dropout) else "drop_rate", dropout)
+    if stochastic_depth is not None:
+        for index, skip in enumerate(skips):
+            skip.p = stochastic_depth * index / max(len(skips) - 1, 1)
+    return len(drops), len(skips)
+
+
+def freeze_as(model: StagedModel, config: TrialConfig, epoch: int = 1) -> bool:
+    """Freeze what `config` wants frozen in `epoch`; return whether that changed anything."""
+    model.frozen_batchnorm = config.frozen_batchnorm
+    if config.freeze:
+        before = model.freeze_depth, [p.requires_grad for p in model.parameters()]
+        model.freeze_matching(config.freeze)
+        return before != (model.freeze_depth, [p.requires_grad for p in model.parameters()])
+    depth = freeze_depth_in(config, len(model.stages), epoch)
+    changed = depth != model.freeze_depth
+    model.freeze(depth)
+    return changed
+
+
+def freeze_depth_in(config: TrialConfig, num_stages: int, epoch: int = 1) -> int:
+    """Return how many stages are frozen in `epoch`, counted from 1."""
+    begun = [at for at in config.unfreeze_at if at <= epoch]
+    depth = config.unfreeze_at[max(begun)] if begun else config.freeze_depth
+    return depth + num_stages if depth < 0 else depth
+
+
+# --- What a configuration says of the stages ------------------------------------------------------
+
+
+def skeleton(model: str, image_size: int | None = None, aux: bool = False) -> StagedModel:
+    """Return the network without its numbers (on the `meta` device), in stages, with 1000 classes.
+
+    A network of the user's own is built as it is, since its code may need numbers.
+    """
+    family = find_family(model)
+    if family is None:
+        return _own_skeleton(find_own(model, "model"), model)
+    return _skeleton(model, image_size, aux)
+
+
+class _NoNumbers(TorchFunctionMode):
+    """Makes `torch.empty`, by which layers make their parameters, answer from the meta device.
+
+    `torch.device("meta")` would do for all families but RegNet, which computes its widths with
+    tensors while it is built.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = dict(kwargs or {})
+        if func is torch.empty:
+            given["device"] = "meta"
+        return func(*args, **given)
+
+
+@lru_cache(maxsize=128)
+def _skeleton(model: str, image_size: int | None, aux: bool) -> StagedModel:
+    with torch.random.fork_rng(devices=[]), _NoNumbers():
+        network = build_network(model, 1000, image_size=image_size, aux=aux)
+    return StagedModel(network.to("meta"), find_family(model))
+
+
+@lru_cache(maxsize=8)
+def _own_skeleton(build: Callable[[int], Any], model: str) -> StagedModel:
+    with torch.random.fork_rng(devices=[]):
+        try:
+            return StagedModel(build_network(model, 10))
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"model {model!r}: building it for 10 classes failed: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+
+def stage_names(config: TrialConfig) -> tuple[str, ...]:
+    """Return the stages of the configuration's network, from stem to head."""
+    return tuple(s.name for s in skeleton(config.model, aux=config.aux_weight > 0).stages)
 
 
 def check_model(config: TrialConfig) -> list[str]:
     """Return what is wrong with the parts of `config` that speak of the model and its stages."""
     try:
-        names = find_family(config.model).stage_names
+        model = skeleton(config.model, aux=config.aux_weight > 0)
     except ConfigError as error:
         return [str(error)]
-    mistakes = []
+    names = [stage.name for stage in model.stages]
+    return [
+        *_depth_mistakes(config, names),
+        *_pattern_mistakes(config, model),
+        *_ratio_mistakes(config, model, names),
+        *_layer_mistakes(config, model),
+    ]
+
+
+def _depth_mistakes(config: TrialConfig, names: Sequence[str]) -> list[str]:
     deepest = len(names) - 1
-    if config.freeze_depth > deepest:
-        mistakes.append(
-            f"freeze_depth {config.freeze_depth} is too deep for {config.model}: 0 to {deepest} "
-            f"({', '.join(names)}; the head is always trained)"
-        )
-    elif isinstance(config.lr_ratio, Mapping):
-        trained = set(names[config.freeze_depth :])
-        unknown, missing = set(config.lr_ratio) - set(names), trained - set(config.lr_ratio)
-        if unknown or missing:
-            mistakes.append(
-                f"lr_ratio must name the trained stages of {config.model}: {', '.join(names)}; "
-                f"unknown: {', '.join(sorted(unknown)) or 'none'}; "
-                f"missing: {', '.join(sorted(missing)) or 'none'}"
-            )
+    asked = {"freeze_depth": config.freeze_depth}
+    asked |= {f"unfreeze_at epoch {e}": d for e, d in config.unfreeze_at.items()}
+    mistakes = [
+        f"{field} {depth} is too deep for {config.model}: 0 to {deepest} "
+        f"({', '.join(names)}; the head is always trained), or -1 to -{len(names)} from the head"
+        for field, depth in asked.items()
+        if not -len(names) <= depth <= deepest
+    ]
+    if mistakes:
+        return mistakes
+    depth = freeze_depth_in(config, len(names))
+    for epoch in sorted(config.unfreeze_at):
+        after = freeze_depth_in(config, len(names), epoch)
+        if after >= depth:
+            return [
+                f"unfreeze_at epoch {epoch}: depth {after} must be less than the {depth} before it"
+            ]
+        depth = after
+    return []
+
+
+def _pattern_mistakes(config: TrialConfig, model: StagedModel) -> list[str]:
+    names = [name for name, _ in model.network.named_parameters()]
+    mistakes = []
+    for pattern in config.freeze:
+        if not any(_matches(name, [pattern]) for name in names):
+            hint = did_you_mean(pattern, names) or f"; its names are such as {names[0]!r}"
+            mistakes.append(f"freeze {pattern!r} matches no parameter of {config.model}{hint}")
+    if config.freeze and all(_matches(name, config.freeze) for name in names):
+        mistakes.append(f"freeze {list(config.freeze)} leaves nothing of {config.model} to train")
     return mistakes
 
 
-def stage_lrs(config: TrialConfig) -> dict[str, float]:
-    """Return the peak learning rate of each trained stage, by name.
+def _ratio_mistakes(config: TrialConfig, model: StagedModel, names: Sequence[str]) -> list[str]:
+    if not isinstance(config.lr_ratio, Mapping):
+        return []
+    trained = set(names)
+    if config.freeze:
+        trained = {
+            name
+            for name, stage in zip(names, model.stages, strict=True)
+            if not all(_matches(n, config.freeze) for n in _parameter_names(model, stage))
+        }
+    else:
+        shallowest = min(freeze_depth_in(config, len(names), e) for e in (1, config.epochs))
+        trained = set(names[max(shallowest, 0) :])
+    unknown, missing = set(config.lr_ratio) - set(names), trained - set(config.lr_ratio)
+    if not unknown and not missing:
+        return []
+    return [
+        f"lr_ratio must name the trained stages of {config.model}: {', '.join(names)}; "
+        f"unknown: {', '.join(sorted(unknown)) or 'none'}; "
+        f"missing: {', '.join(sorted(missing)) or 'none'}"
+    ]
+
+
+def _parameter_names(model: StagedModel, stage: Stage) -> list[str]:
+    held = {id(p) for p in stage.parameters()}
+    return [name for name, p in model.network.named_parameters() if id(p) in held]
+
+
+def _layer_mistakes(config: TrialConfig, model: StagedModel) -> list[str]:
+    mistakes = []
+    drops, skips = set_dropout(model.network, None, None)
+    if config.dropout is not None and not drops:
+        mistakes.append(f"dropout: {config.model} has no dropout layers; leave it None")
+    if config.stochastic_depth is not None and not skips:
+        mistakes.append(
+            f"stochastic_depth: {config.model} has none; leave it None, or take a ConvNeXt, "
+            "EfficientNet, MaxViT or Swin"
+        )
+    family = find_family(config.model)
+    if config.aux_weight > 0 and not (family and family.aux):
+        mistakes.append(
+            f"aux_weight: {config.model} has no auxiliary classifiers; leave it 0, or take "
+            "googlenet or inception_v3"
+        )
+    return mistakes
+
+
+def check_image_size(config: TrialConfig, size: int) -> list[str]:
+    """Return whether the network cannot take images of `size` x `size` pixels, and which it can."""
+    if is_reference(config.model) or _takes(config, size) is None:
+        return []
+    usual = (32, 48, 64, 96, 128, 160, 192, 224, 256, 299, 384)
+    taken = next((s for s in usual if s > size and _takes(config, s) is None), None)
+    way_out = f"; {taken} is possible (--image-size {taken})" if taken else ""
+    return [
+        f"{config.model} cannot take images of {size} x {size} pixels "
+        f"({_takes(config, size)}){way_out}"
+    ]
+
+
+@lru_cache(maxsize=256)
+def _failure(model: str, size: int, aux: bool) -> str | None:
+    try:
+        staged = skeleton(model, size, aux)
+        with torch.no_grad():
+            staged.train()(torch.empty(2, 3, size, size, device="meta"))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        return str(error).strip().split("\n")[0][:120] or type(error).__name__
+    return None
+
+
+def _takes(config: TrialConfig, size: int) -> str | None:
+    """Return what goes wrong in a forward pass at this size, or None."""
+    return _failure(config.model, size, config.aux_weight > 0)
+
+
+def stage_lrs(config: TrialConfig, names: Sequence[str]) -> dict[str, float]:
+    """Return the peak learning rate of each stage, by name, were it trained.
 
     With a ratio r, a stage learns at `lr * r ** d`, d being how many stages it lies below the
-    head: the head at lr, the stage under it at lr * r, and so on. Frozen stages change nothing.
+    head: the head at `lr * head_lr_factor`, the stage under it at lr * r, and so on. What is frozen
+    changes nothing.
+
+    Args:
+        config: the configuration.
+        names: the network's stages, from stem to head; a mapping may leave frozen ones out.
     """
-    names = find_family(config.model).stage_names
     lr, ratio = config.optimizer.lr, config.lr_ratio
     if isinstance(ratio, Mapping):
-        return {name: lr * ratio[name] for name in names[config.freeze_depth :]}
+        return {name: lr * ratio[name] for name in names if name in ratio}
     head = len(names) - 1
-    return {
-        name: lr * math.pow(ratio, head - index)
-        for index, name in enumerate(names)
-        if index >= config.freeze_depth
-    }
+    lrs = {name: lr * math.pow(ratio, head - index) for index, name in enumerate(names)}
+    lrs[names[head]] *= config.head_lr_factor
+    return lrs
 
 
 def count_parameters(stages: Sequence[Stage]) -> int:

@@ -6,20 +6,29 @@ are looked up, weights are found, images are decoded. Only then is a run directo
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tuneapp.checkpoint import read_best
-from tuneapp.config import RunSettings, TrialConfig
+from tuneapp.checkpoint import read_best, validated_weights
+from tuneapp.config import RunSettings, TrialConfig, is_reference
 from tuneapp.data.source import ImageSet, read_images, read_split, require_unchanged, write_split
 from tuneapp.data.store import Preprocessing, open_store
 from tuneapp.errors import ConfigError, SpaceError
-from tuneapp.models import StagedModel, build_network, check_model, find_family
+from tuneapp.losses import check_loss
+from tuneapp.models import (
+    StagedModel,
+    build_network,
+    build_staged,
+    check_image_size,
+    check_model,
+)
+from tuneapp.own import fingerprint, import_from, require_same_code
 from tuneapp.rundir import RunDir, RunRecord, open_run, write_atomically, write_record
+from tuneapp.schedules import check_schedule
 from tuneapp.space import Branch, SearchSpace
-from tuneapp.trial import TrialRun
+from tuneapp.training import TrialRun
 from tuneapp.weights import (
     Found,
     find_weights,
@@ -41,6 +50,7 @@ class Prepared:
         max_epochs: the longest training of any branch.
         weights: what each choice of weights came to, by `weights_key`.
         warnings: what the user should know before and after.
+        code: files of the user's own networks, losses and schedules, and their SHA-256.
     """
 
     space: SearchSpace
@@ -49,6 +59,7 @@ class Prepared:
     weights: Mapping[str, Found]
     max_epochs: int
     warnings: tuple[str, ...]
+    code: Mapping[str, str]
 
 
 def prepare(
@@ -68,22 +79,25 @@ def prepare(
         WeightsError: weights that must be had cannot be had.
     """
     configs = [settings.applied_to(branch.config) for branch in branches]
-    mistakes = list(dict.fromkeys(m for config in configs for m in check_model(config)))
-    if mistakes:
-        raise SpaceError(f"{space.path}: " + "; ".join(mistakes))
+    _refuse(space, (m for c in configs for m in (*check_model(c), *check_schedule(c))))
     images = read_images(settings.data, settings.seed)
     counts = {split: len(images.of(split)) for split in ("train", "val", "test")}
     say(
         f"data      {settings.data}: {len(images.classes)} classes; "
         + ", ".join(f"{count} {split}" for split, count in counts.items() if count)
     )
-    weights = {weights_key(c): c for c in configs}
-    found = {key: find_weights(c.model, c.weights) for key, c in weights.items()}
-    for key, config in weights.items():
+    num_classes = len(images.classes)
+    sizes = [preprocessing_of(c, images.native_size).crop_size for c in configs]
+    _refuse(space, (m for c in configs for m in check_loss(c.loss, num_classes)))
+    _refuse(space, (m for c, s in zip(configs, sizes, strict=True) for m in check_image_size(c, s)))
+    found = {weights_key(c): find_weights(c.model, c.weights) for c in configs}
+    for key, (config, size) in {
+        weights_key(c): (c, s) for c, s in zip(configs, sizes, strict=True)
+    }.items():
         file = found[key].file
         if file is not None:
-            network = build_network(config.model, len(images.classes))
-            say(f"weights   {config.model}: {load_weights(network, config.model, Path(file))}")
+            network = build_network(config.model, num_classes, image_size=size)
+            say(f"weights   {config.model}: {load_weights(network, config, Path(file))}")
     for preprocessing in _preprocessings(configs, images):
         size = preprocessing.crop_size
         say(f"images    seen at {size} x {size} pixels, decoded once for all trials")
@@ -95,7 +109,15 @@ def prepare(
         weights=found,
         max_epochs=max(c.epochs for c in configs),
         warnings=tuple(dict.fromkeys(f.warning for f in found.values() if f.warning)),
+        code=dict(own for c in configs for own in map(fingerprint, _references(c)) if own),
     )
+
+
+def _refuse(space: SearchSpace, mistakes: Iterable[str]) -> None:
+    """Raise all of these mistakes at once, each of them once, if there are any."""
+    found = list(dict.fromkeys(mistakes))
+    if found:
+        raise SpaceError(f"{space.path}: " + "; ".join(found))
 
 
 def lay_out(run: RunDir, space: SearchSpace, images: ImageSet, record: RunRecord) -> None:
@@ -107,6 +129,7 @@ def lay_out(run: RunDir, space: SearchSpace, images: ImageSet, record: RunRecord
 
 def read_run_space(run: RunDir, record: RunRecord) -> SearchSpace:
     """Return the space of a run: the copy, as if it still stood where the file did."""
+    import_from(record.import_from)
     return SearchSpace(run.space_file.read_text(encoding="utf-8"), Path(record.space_path))
 
 
@@ -122,9 +145,11 @@ def check_again(run: RunDir, record: RunRecord, branches: list[Branch]) -> Image
     Raises:
         DataError: images have changed, or cannot be decoded.
         WeightsError: a file of weights has changed, or is gone.
+        RunError: a file of the user's own code has changed, or is gone.
     """
     images = read_run_images(run, record)
     require_unchanged(images)
+    require_same_code(record.code)
     for found in record.weights.values():
         require_same_weights(found)
     configs = [record.settings.applied_to(b.config) for b in branches]
@@ -156,18 +181,21 @@ def assemble(
 def load_model(run_path: Path, trial_id: str) -> StagedModel:
     """Return the network of a trial with the weights of its best epoch, in `eval()` mode.
 
-    `.network` is torchvision's own module. It wants images as the trial had them; the classes, in
-    the order of the logits, are in the run's `run.json`.
+    `.network` is torchvision's own module, or yours. It wants images as the trial had them; the
+    classes, in the order of the logits, are in the run's `run.json`.
 
     Raises:
         RunError: `run_path` is no run directory.
         CheckpointError: the trial has no intact checkpoint.
     """
     run, record = open_run(run_path)
-    content = read_best(run.trial(trial_id) / "checkpoints")
-    name = json.loads(content["config"])["model"]
-    model = StagedModel(build_network(name, len(record.classes)), find_family(name))
-    model.load_state_dict(content["model"])
+    folder = run.trial(trial_id)
+    content = read_best(folder / "checkpoints")
+    params = json.loads((folder / "config.json").read_text(encoding="utf-8"))["params"]
+    config, trial_run = assemble(run, record, trial_id, params, has_gpu=False)
+    size = preprocessing_of(config, trial_run.images.native_size).crop_size
+    model = build_staged(config, len(record.classes), size)
+    model.load_state_dict(validated_weights(content))
     return model.eval()
 
 
@@ -194,8 +222,12 @@ def first_trials(space: SearchSpace, branches: list[Branch]) -> list[dict[str, A
     return space.first_trials
 
 
+def _references(config: TrialConfig) -> list[str]:
+    """Return the import paths of the user's own objects in a configuration."""
+    named = [config.model, getattr(config.loss, "loss", ""), getattr(config.schedule, "factor", "")]
+    return [reference for reference in named if is_reference(reference)]
+
+
 def _preprocessings(configs: list[TrialConfig], images: ImageSet) -> list[Preprocessing]:
-    wanted = (
-        preprocessing_of(c.model, c.weights, c.image_size, images.native_size) for c in configs
-    )
+    wanted = (preprocessing_of(c, images.native_size) for c in configs)
     return list(dict.fromkeys(wanted))

@@ -19,7 +19,7 @@ import platform
 import re
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -100,6 +100,8 @@ class RunRecord:
         gpus_per_trial: GPUs, or the share of one, of each trial.
         concurrent: trials at once.
         time_budget_s: seconds after which the sweep ends; None is no limit.
+        import_from: folders in which the user's own modules are looked for, after all others.
+        code: files of the user's own networks, losses and schedules, and their SHA-256.
     """
 
     kind: Literal["sweep", "train"]
@@ -114,6 +116,8 @@ class RunRecord:
     gpus_per_trial: float = 0.0
     concurrent: int = 1
     time_budget_s: float | None = None
+    import_from: tuple[str, ...] = ()
+    code: Mapping[str, str] = field(default_factory=dict)
 
 
 def create_run(runs_dir: Path, name: str | None, default_name: str) -> RunDir:
@@ -177,6 +181,7 @@ def open_run(path: Path) -> tuple[RunDir, RunRecord]:
         plain["settings"] = RunSettings(**plain["settings"])
         plain["classes"] = tuple(plain["classes"])
         plain["warnings"] = tuple(plain["warnings"])
+        plain["import_from"] = tuple(plain.get("import_from", ()))
         return run, RunRecord(**plain)
     except (KeyError, TypeError, AttributeError, ConfigError) as error:
         raise RunError(f"{run.settings_file} is no record of a run: {error}") from None

@@ -62,6 +62,8 @@ def start_training(
             weights={key: found.as_dict() for key, found in prepared.weights.items()},
             params=dict(params),
             warnings=prepared.warnings,
+            import_from=(str(Path.cwd()),),
+            code=prepared.code,
             cpus_per_trial=torch.get_num_threads(),
             gpus_per_trial=float(torch.cuda.is_available() and settings.device != "cpu"),
         )

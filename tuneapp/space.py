@@ -18,8 +18,10 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
+from tuneapp import config as config_names
 from tuneapp.config import TrialConfig
 from tuneapp.errors import ConfigError, SpaceError, did_you_mean
+from tuneapp.own import offer
 from tuneapp.scripted import Params, Probe, ScriptedTrial, describe
 
 MAX_PROBED_BRANCHES = 512
@@ -65,6 +67,7 @@ class SearchSpace:
             exec(compile(text, str(path), "exec"), module.__dict__)  # noqa: S102 - a space is code
         except Exception as error:
             raise SpaceError(f"{_place(error, path)}: {_say(error)}") from error
+        offer(path.stem, module, path.parent)
         self._function = getattr(module, "search_space", None)
         if not callable(self._function):
             raise SpaceError(
@@ -271,4 +274,11 @@ def _place(error: Exception, path: Path) -> str:
 
 
 def _say(error: Exception) -> str:
+    if isinstance(error, ImportError) and error.name == config_names.__name__:
+        return f"{error.msg.split(' (')[0]}; it has {', '.join(_choices())}"
     return f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}"
+
+
+def _choices() -> list[str]:
+    """Return the classes that a space can import."""
+    return [name for name in config_names.__all__ if isinstance(getattr(config_names, name), type)]

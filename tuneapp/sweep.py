@@ -130,6 +130,8 @@ def start_sweep(
         classes=prepared.images.classes,
         weights={key: found.as_dict() for key, found in prepared.weights.items()},
         warnings=prepared.warnings,
+        import_from=(str(Path.cwd()),),
+        code=prepared.code,
         cpus_per_trial=cpus,
         gpus_per_trial=gpus,
         concurrent=slots,

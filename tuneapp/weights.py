@@ -1,41 +1,46 @@
-"""Pretrained weights: where they are, how they are had, what of them fits.
+"""Pretrained weights: which are meant, what of them fits, and how their images were prepared.
 
-Only tensors are read, never code (`weights_only=True`). A file from torchvision's own list is
-checked against the hash in its name each time it is read.
+`fetch.py` downloads them, `statedict.py` reads them: tensors only, never code.
 """
 
-import hashlib
-import http.client
+import json
 import logging
-import os
-import re
-import secrets
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
 import torchvision
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
+from tuneapp.checkpoint import MANIFEST
+from tuneapp.config import TrialConfig
 from tuneapp.data.store import Preprocessing
-from tuneapp.errors import WeightsError, did_you_mean
-from tuneapp.models import find_family
+from tuneapp.errors import ConfigError, WeightsError, did_you_mean
+from tuneapp.fetch import cached_or_fetched, sha256_of
+from tuneapp.models import StagedModel, find_family
+from tuneapp.statedict import (
+    POSITIONS,
+    LoadReport,
+    State,
+    compare,
+    is_counter,
+    named_as,
+    read_state_dict,
+    resized_for,
+)
 
 log = logging.getLogger(__name__)
 
-SILENCE_S = 5.0
-"""A server that says nothing for so long is not there."""
 AUTO_LIMIT_S = 60.0
 """`auto` gives up a download after so long; `DEFAULT` and other names wait for the end."""
 
-_HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,})\.")
+_IMAGENET = Preprocessing(256, 224, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+# Less is another network's file. Of the file: resnet34's has all that resnet18 needs, and as much
+# again; the nearest such relatives (resnet152 for resnet101) share 73 %.
+_LEAST_OF_NETWORK = 0.5
+_LEAST_OF_FILE = 0.75
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Found:
     Attributes:
         asked: as written in the space.
         file: the state_dict file; None for random weights.
-        name: torchvision's name of the weights, or `file`, or `random`.
+        name: torchvision's name of the weights, or `file`, `checkpoint` or `random`.
         sha256: of the file.
         warning: what the user should know, or an empty text.
     """
@@ -65,28 +70,32 @@ def find_weights(model: str, asked: str | None) -> Found:
     """Return the weights that `asked` stands for, downloading them once where that is needed.
 
     Args:
-        model: name of a torchvision classifier.
-        asked: as in `TrialConfig.weights`.
+        model: as in `TrialConfig.model`.
+        asked: as in `TrialConfig.weights`. A trial's folder stands for its best checkpoint.
 
     Raises:
         WeightsError: they cannot be had; the message says where to put the file.
     """
-    if asked is None:
-        return Found(None, None, "random")
+    names = _names(model)
+    if asked is None or (asked == "auto" and not names):
+        return Found(asked, None, "random")
     if asked == "auto":
         entry = _enum_entry(model, "DEFAULT")
         try:
-            return _found(asked, _cached_or_fetched(entry, AUTO_LIMIT_S), str(entry))
+            return _found(asked, cached_or_fetched(str(entry.url), AUTO_LIMIT_S), str(entry))
         except WeightsError as error:
             warning = f"{model} starts from RANDOM weights, not pretrained ones: {error}"
             return Found(asked, None, "random", warning=warning)
     path = Path(asked).expanduser()
-    if path.is_file():
-        return _found(asked, path.resolve(), "file")
-    if path.suffix or "/" in asked:
-        raise WeightsError(f"weights {asked!r}: no such file")
+    if asked not in names:
+        if path.is_file():
+            return _found(asked, path.resolve(), "file")
+        if path.is_dir():
+            return _found(asked, _best_checkpoint(path.resolve(), asked), "checkpoint")
+        if path.suffix or "/" in asked:
+            raise WeightsError(f"weights {asked!r}: no such file or folder")
     entry = _enum_entry(model, asked)
-    return _found(asked, _cached_or_fetched(entry, None), str(entry))
+    return _found(asked, cached_or_fetched(str(entry.url), None), str(entry))
 
 
 def require_same_weights(found: Mapping[str, Any]) -> None:
@@ -98,7 +107,7 @@ def require_same_weights(found: Mapping[str, Any]) -> None:
     if found["file"] is None:
         return
     try:
-        same = _sha256(Path(found["file"])) == found["sha256"]
+        same = sha256_of(Path(found["file"])) == found["sha256"]
     except OSError as error:
         raise WeightsError(f"weights {found['file']} cannot be read: {error.strerror}") from None
     if not same:
@@ -108,215 +117,176 @@ def require_same_weights(found: Mapping[str, Any]) -> None:
 
 
 def _found(asked: str, file: Path, name: str) -> Found:
-    return Found(asked, str(file), name, _sha256(file))
+    return Found(asked, str(file), name, sha256_of(file))
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+def _best_checkpoint(folder: Path, asked: str) -> Path:
+    """Return the best checkpoint of a trial, given its folder or the `checkpoints` in it."""
+    if (folder / "checkpoints").is_dir():
+        folder = folder / "checkpoints"
+    try:
+        best = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["best"]
+        file, wanted = folder / str(best["file"]), best["sha256"]
+        intact = sha256_of(file) == wanted
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise WeightsError(
+            f"weights {asked!r}: no checkpoint of a trial in this folder "
+            f"({type(error).__name__}: {error}); give a file, or a folder such as "
+            "runs/NAME/trials/t0001"
+        ) from None
+    if not intact:
+        raise WeightsError(
+            f"weights {asked!r}: {file} is damaged: its SHA-256 is not the one in {MANIFEST}"
+        )
+    return file
 
 
-def preprocessing_of(
-    model: str, asked: str | None, image_size: int | None, native_size: int | None
-) -> Preprocessing:
-    """Return how images are prepared for these weights.
+def _names(model: str) -> list[str]:
+    """Return torchvision's names of weights for `model`; none for a network of one's own."""
+    if find_family(model) is None:
+        return []
+    return [entry.name for entry in torchvision.models.get_model_weights(model)] + ["DEFAULT"]
+
+
+def _enum_entry(model: str, name: str) -> Any:
+    names = _names(model)
+    if not names:
+        raise WeightsError(
+            f"weights {name!r}: there are none by name for a network of your own ({model}); give "
+            "None or 'auto' (random ones), a file, or the folder of a trial"
+        )
+    if name not in names:
+        raise WeightsError(
+            f"weights {name!r} of {model} are unknown{did_you_mean(name, names)}; known: "
+            f"{', '.join(names)}, 'auto', None, or the path of a file or of a trial's folder"
+        )
+    return getattr(torchvision.models.get_model_weights(model), name)
+
+
+def preprocessing_of(config: TrialConfig, native_size: int | None) -> Preprocessing:
+    """Return how images are prepared for a configuration's weights.
 
     The weights' own evaluation preprocessing; for random weights and files that of the model's
-    default ones. A size that differs keeps the proportion of resize to crop.
+    default ones, and ImageNet's usual one for a network of one's own. A size that differs keeps the
+    proportion of resize to crop. `config.preprocess` has the last word.
 
     Args:
-        model: name of a torchvision classifier.
-        asked: as in `TrialConfig.weights`.
-        image_size: height and width in pixels that the network shall see; None: as evaluated.
+        config: its model, weights, image size and preprocessing count.
         native_size: size of data that come in one small size, used where nothing is asked.
+
+    Raises:
+        ConfigError: images would be resized to less than what is then cropped from them.
     """
-    named = asked is not None and asked != "auto" and asked in _names(model)
-    entry = _enum_entry(model, str(asked) if named else "DEFAULT")
-    preset = entry.transforms()
-    own = Preprocessing(
+    base, asked = _evaluated_with(config), config.preprocess
+    size = config.image_size or native_size or base.crop_size
+    if size == base.crop_size:
+        resize = base.resize_size
+    elif native_size is not None:  # scans of one size, framed already: nothing is cropped away
+        resize = size
+    else:
+        resize = max(size, round(size * base.resize_size / base.crop_size))
+    if asked.resize_size is not None:
+        resize = asked.resize_size
+    if resize < size:
+        raise ConfigError(
+            f"preprocess.resize_size {resize} is smaller than the {size} x {size} pixels that are "
+            f"then cropped; give at least {size}, or a smaller image_size"
+        )
+    mean, std = asked.mean or base.mean, asked.std or base.std
+    return Preprocessing(
+        resize_size=resize,
+        crop_size=size,
+        interpolation=asked.interpolation or base.interpolation,
+        mean=(mean[0], mean[1], mean[2]),
+        std=(std[0], std[1], std[2]),
+    )
+
+
+def _evaluated_with(config: TrialConfig) -> Preprocessing:
+    names = _names(config.model)
+    if not names:
+        return _IMAGENET
+    asked = config.weights if config.weights in names else None
+    preset = _enum_entry(config.model, asked or "DEFAULT").transforms()
+    return Preprocessing(
         resize_size=preset.resize_size[0],
         crop_size=preset.crop_size[0],
         interpolation=preset.interpolation.value,
         mean=tuple(preset.mean),
         std=tuple(preset.std),
     )
-    size = image_size or native_size
-    if size is None or size == own.crop_size:
-        return own
-    if native_size is not None:  # scans of one size, framed already: nothing is cropped away
-        resize = size
-    else:
-        resize = max(size, round(size * own.resize_size / own.crop_size))
-    return Preprocessing(resize, size, own.interpolation, own.mean, own.std)
 
 
-@dataclass(frozen=True)
-class LoadReport:
-    """What of a state_dict went into a network: names of tensors."""
+def load_weights(network: nn.Module, config: TrialConfig, file: Path) -> LoadReport:
+    """Load the tensors in `file` into `network`, all but a head of another size.
 
-    loaded: tuple[str, ...]
-    other_shape: tuple[str, ...]
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
+    Heads are the last layer and auxiliary classifiers, or the last stage of a network of one's own.
 
-    def __str__(self) -> str:
-        parts = [f"{len(self.loaded)} tensors loaded"]
-        for words, names in (
-            ("of another shape", self.other_shape),
-            ("missing in the file", self.missing),
-            ("not of this network", self.unexpected),
-        ):
-            if names:
-                more = ", ..." if len(names) > 3 else ""
-                parts.append(f"{len(names)} {words} ({', '.join(names[:3])}{more})")
-        return "; ".join(parts)
-
-
-def load_weights(network: nn.Module, model: str, file: Path) -> LoadReport:
-    """Load the state_dict in `file` into `network`, all but a head of another size.
+    Args:
+        network: what `config.model` is, with random weights; left as it is if there is an error.
+        config: its model and `partial_weights` count.
+        file: see `read_state_dict`.
 
     Raises:
-        WeightsError: the file is damaged, is not a state_dict, holds numbers that are not finite,
-            has backbone tensors of another shape, or fits less than half of the backbone.
+        WeightsError: the file is damaged, is not a state_dict, or holds numbers that are not
+            finite; nothing of it fits; or, without `partial_weights`, it belongs to another
+            network: backbone tensors have another shape, less than half of the backbone fits, or
+            more than a quarter of what the file holds is not of the backbone.
     """
     try:
         changed_ns = file.stat().st_mtime_ns
     except OSError as error:
         raise WeightsError(f"weights {file} cannot be read: {error.strerror}") from None
-    state = read_state_dict(file, changed_ns)
-    own = network.state_dict()
-    head = find_family(model).head_prefix
-    fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-    network.load_state_dict(fitting, strict=False)
-    report = LoadReport(
-        loaded=tuple(fitting),
-        other_shape=tuple(k for k in state if k in own and k not in fitting),
-        missing=tuple(k for k in own if k not in state),
-        unexpected=tuple(k for k in state if k not in own),
-    )
-    backbone = {k: v.numel() for k, v in own.items() if not k.startswith(head)}
-    share = sum(n for k, n in backbone.items() if k in fitting) / sum(backbone.values())
-    if share < 0.5 or any(k in backbone for k in report.other_shape):
-        raise WeightsError(
-            f"{file} fits {share:.0%} of {model}'s backbone: it belongs to another network "
-            f"({report})"
-        )
+    whole = network.state_dict()
+    own = {name: tensor for name, tensor in whole.items() if isinstance(tensor, Tensor)}
+    named = named_as(own, read_state_dict(file, changed_ns))
+    state = resized_for(network, named)
+    report = compare(own, state, interpolated=() if state is named else (POSITIONS,))
+    share = _require_fit(own, state, report, _heads(network, config), config, file)
+    # Over the network's own, which keeps the version numbers that some layers ask for.
+    whole.update({name: state[name] for name in report.loaded})
+    network.load_state_dict(whole)
     if share < 1:
-        log.warning("%s fits %.0f %% of %s's backbone: %s", file, 100 * share, model, report)
+        log.warning("%s fits %.0f %% of %s's backbone: %s", file, 100 * share, config.model, report)
     log.info("weights %s: %s", file, report)
     return report
 
 
-@lru_cache(maxsize=4)
-def read_state_dict(file: Path, changed_ns: int) -> Mapping[str, Tensor]:
-    """Return the tensors in `file`, read once per process.
-
-    Args:
-        file: written by `torch.save` of a state_dict, or of a dict that holds one.
-        changed_ns: its modification time, so that a changed file is read anew.
-
-    Raises:
-        WeightsError: see `load_weights`.
-    """
-    if file.parent == _hub_dir():
-        _check_hash(file, file.name)
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise WeightsError(
-            f"{file} is not a readable file of plain weights ({first[:100]}); delete it, or save "
-            "it again with torch.save(model.state_dict(), ...)"
-        ) from None
-    for key in ("state_dict", "model"):  # how training scripts commonly wrap it
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not any(isinstance(v, Tensor) for v in content.values()):
-        raise WeightsError(f"{file} holds no state_dict (names with tensors)")
-    state = {str(k).removeprefix("module."): v for k, v in content.items() if isinstance(v, Tensor)}
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise WeightsError(f"{file}: {name} holds NaN or infinite numbers")
-    return state
+def _heads(network: nn.Module, config: TrialConfig) -> tuple[str, ...]:
+    """Return the beginnings of the names of what may be of another size."""
+    family = find_family(config.model)
+    if family is not None:
+        return (f"{family.classifier}.", *(f"{name}." for name in family.aux))
+    last = set(StagedModel(network).stages[-1].module.modules())
+    return tuple(f"{name}." for name, module in network.named_modules() if module in last)
 
 
-def fetch(url: str, file: Path, limit_s: float | None) -> None:
-    """Download `url` to `file`, whole and with the hash in its name, or not at all.
-
-    Args:
-        url: http, https or file address.
-        file: where to; processes that ask at once take turns, and fetch it once.
-        limit_s: seconds for the whole of it; None is no limit.
-
-    Raises:
-        WeightsError: the server cannot be reached, is too slow, or sent something else.
-    """
-    aside = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}")
-    deadline = None if limit_s is None else time.monotonic() + limit_s
-    lock = FileLock(file.with_name(file.name + ".lock"), timeout=-1 if limit_s is None else limit_s)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with lock:
-            if file.is_file():
-                return
-            with urllib.request.urlopen(url, timeout=SILENCE_S) as answer, aside.open("wb") as out:
-                while block := answer.read1(1 << 16):  # what has come, and no waiting for more
-                    out.write(block)
-                    if deadline is not None and time.monotonic() > deadline:
-                        raise WeightsError(f"{url} took longer than {limit_s:g} s")
-                length = answer.headers.get("Content-Length")
-                if length is not None and out.tell() != int(length):
-                    raise WeightsError(f"{url} ended after {out.tell()} of {length} bytes")
-            _check_hash(aside, file.name)
-            aside.replace(file)
-    except Timeout:
-        raise WeightsError(f"another process has been fetching {url} for {limit_s:g} s") from None
-    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-        reason = getattr(error, "reason", None) or error or type(error).__name__
-        raise WeightsError(f"{url} cannot be fetched ({reason})") from None
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _cached_or_fetched(entry: Any, limit_s: float | None) -> Path:
-    url = str(entry.url)
-    file = _hub_dir() / url.rsplit("/", 1)[-1]
-    if file.is_file():
-        _check_hash(file, file.name)
-        return file
-    try:
-        fetch(url, file, limit_s)
-    except WeightsError as error:
-        raise WeightsError(f"{error}; put the file at {file}") from None
-    return file
-
-
-def _hub_dir() -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints"
-
-
-def _check_hash(file: Path, name: str) -> None:
-    """Compare a file with the hash that torchvision puts into `name`, where there is one."""
-    wanted = _HASH_IN_NAME.search(name)
-    if wanted is None:
-        return
-    got = _sha256(file)
-    if not got.startswith(wanted[1]):
-        raise WeightsError(
-            f"{file.with_name(name)} is damaged: its SHA-256 begins with {got[:8]}, its name says "
-            f"{wanted[1]}; delete it if it is there, and try again"
-        )
-
-
-def _names(model: str) -> list[str]:
-    return [entry.name for entry in torchvision.models.get_model_weights(model)] + ["DEFAULT"]
-
-
-def _enum_entry(model: str, name: str) -> Any:
-    enum = torchvision.models.get_model_weights(model)
-    if name not in _names(model):
-        raise WeightsError(
-            f"weights {name!r} of {model} are unknown{did_you_mean(name, _names(model))}; known: "
-            f"{', '.join(_names(model))}, 'auto', None, or the path of a file"
-        )
-    return enum[name] if name != "DEFAULT" else enum.DEFAULT
+def _require_fit(
+    own: State,
+    state: State,
+    report: LoadReport,
+    heads: tuple[str, ...],
+    config: TrialConfig,
+    file: Path,
+) -> float:
+    """Return the share of the backbone's numbers that the file has; refuse another network's."""
+    backbone = {name for name in own if not name.startswith(heads) and not is_counter(name)}
+    counted = backbone or set(own)  # a network of a single stage is a head altogether
+    fitting = sum(own[name].numel() for name in report.loaded if name in counted)
+    strange = sum(state[n].numel() for n in report.unexpected if not n.startswith(heads))
+    share = fitting / max(sum(own[name].numel() for name in counted), 1)
+    of_file = fitting / max(fitting + strange, 1)
+    said = f"{file} fits {share:.0%} of {config.model}'s backbone"
+    if not fitting:
+        raise WeightsError(f"{said}: it belongs to another network ({report})")
+    other_shape = any(name in backbone for name in report.other_shape)
+    if config.partial_weights or not (
+        share < _LEAST_OF_NETWORK or of_file < _LEAST_OF_FILE or other_shape
+    ):
+        return share
+    if of_file < _LEAST_OF_FILE:
+        said += f", which is {of_file:.0%} of what it holds"
+    raise WeightsError(
+        f"{said}: it belongs to another network ({report}); to load what fits all the same, set "
+        "partial_weights=True"
+    )

@@ -19,7 +19,7 @@ from tuneapp.data.store import Preprocessing, Store
 Batch = tuple[Tensor, Tensor]
 
 # What a number is drawn for: two purposes never share a stream.
-_ORDER, _VIEW = 0, 1
+_ORDER, _VIEW, _MIX = 0, 1, 2
 
 
 def _stream(seed: int, purpose: int, epoch: int) -> np.random.Generator:
@@ -60,6 +60,23 @@ def evaluation_view(preprocessing: Preprocessing) -> v2.Transform:
     return v2.CenterCrop(preprocessing.crop_size)
 
 
+def mixing(mixup_alpha: float, cutmix_alpha: float, num_classes: int) -> v2.Transform | None:
+    """Return torchvision's transform that mixes the images of a batch, and their labels.
+
+    Args:
+        mixup_alpha: > 0 blends each image with its neighbour (Zhang et al. 2018).
+        cutmix_alpha: > 0 pastes a rectangle of the neighbour (Yun et al. 2019); with both, each
+            batch gets one or the other, as in torchvision's references.
+        num_classes: width of the labels that come out, float (B, num_classes).
+    """
+    mixes: list[v2.Transform] = []
+    if mixup_alpha > 0:
+        mixes.append(v2.MixUp(alpha=mixup_alpha, num_classes=num_classes))
+    if cutmix_alpha > 0:
+        mixes.append(v2.CutMix(alpha=cutmix_alpha, num_classes=num_classes))
+    return v2.RandomChoice(mixes) if mixes else None
+
+
 class Batches:
     """The examples of one split, as normalised batches on the device, epoch by epoch."""
 
@@ -73,6 +90,8 @@ class Batches:
         batch_size: int,
         device: torch.device,
         shuffle_seed: int | None = None,
+        mix: v2.Transform | None = None,
+        channels_last: bool = False,
     ) -> None:
         """Take the examples of `split`: in random order and views, or as they are without seed."""
         self._store = store
@@ -80,6 +99,8 @@ class Batches:
         self._view = view
         self._device = device
         self._seed = shuffle_seed
+        self._mix = mix
+        self._layout = torch.channels_last if channels_last else torch.contiguous_format
         self.batch_size = batch_size
         self._mean = torch.tensor(preprocessing.mean, device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(preprocessing.std, device=device).view(1, 3, 1, 1)
@@ -89,23 +110,43 @@ class Batches:
         """Examples of one epoch."""
         return len(self._indices)
 
+    def class_counts(self, num_classes: int) -> list[int]:
+        """Return how many examples each class has."""
+        labels = self._store.labels[torch.from_numpy(self._indices)]
+        counts: list[int] = torch.bincount(labels, minlength=num_classes).tolist()
+        return counts
+
     def __len__(self) -> int:
         """Batches of one epoch."""
         return len(self._bounds())
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        """Yield images, float32 (B, 3, H, W) normalised, and labels, int64 (B,)."""
+        """Yield images, float32 (B, 3, H, W) normalised, and labels.
+
+        Labels are int64 (B,); where images are mixed, float (B, classes).
+        """
         order, seeds = self._indices, None
         if self._seed is not None:
             order = order[epoch_order(self._seed, epoch, len(order))]
             seeds = view_seeds(self._seed, epoch, len(self._store.labels))
-        for start, end in self._bounds():
+        for number, (start, end) in enumerate(self._bounds()):
             chosen = order[start:end]
             views = self._views(chosen, None if seeds is None else seeds[chosen])
             # Divided first, as torchvision does: a validation image is its own to the last bit.
             images = self._send(views).float().div_(255)
+            images = images.sub_(self._mean).div_(self._std).contiguous(memory_format=self._layout)
             labels = self._send(self._store.labels[torch.from_numpy(chosen)])
-            yield images.sub_(self._mean).div_(self._std), labels
+            yield self._mixed(images, labels, epoch, number)
+
+    def _mixed(self, images: Tensor, labels: Tensor, epoch: int, number: int) -> Batch:
+        """Mix a batch as its seed, epoch and number say."""
+        if self._mix is None or self._seed is None:
+            return images, labels
+        seed = np.random.SeedSequence([self._seed, _MIX, epoch, number]).generate_state(1)[0]
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(seed))
+            mixed: Batch = self._mix(images, labels)
+        return mixed
 
     def _send(self, tensor: Tensor) -> Tensor:
         """Put a tensor on the device; from pinned memory, a GPU's work is not waited for."""

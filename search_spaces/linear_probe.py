@@ -1,0 +1,43 @@
+"""How far do the features of a pretrained network carry: only the head is trained.
+
+    python -m tuneapp sweep search_spaces/linear_probe.py
+    python -m tuneapp sweep search_spaces/linear_probe.py --data photos/ --trials 32
+
+The first trial is the usual linear probe: SGD with momentum at a large learning rate, no weight
+decay, a cosine. It costs little, says which network to fine-tune, and is the bar for what follows.
+"""
+
+from optuna import Trial
+
+from tuneapp.config import AdamW, Cosine, Optimizer, Sgd, TrialConfig
+
+MODELS = ["resnet18", "efficientnet_b0", "convnext_tiny", "mobilenet_v2"]
+
+FIRST_TRIALS = [
+    {"model": "resnet18", "optimizer": "sgd", "sgd.lr": 0.1, "sgd.weight_decay": 0.0},
+    {"model": "resnet18", "optimizer": "adamw", "adamw.lr": 1e-2, "adamw.weight_decay": 1e-2},
+]  # fmt: skip
+
+
+def search_space(trial: Trial) -> TrialConfig:
+    return TrialConfig(
+        model=trial.suggest_categorical("model", MODELS),
+        weights="auto",
+        freeze_depth=-1,  # all but the head, whatever the network
+        optimizer=optimizer(trial),
+        schedule=Cosine(),
+        epochs=5,
+        batch_size=32,
+    )
+
+
+def optimizer(trial: Trial) -> Optimizer:
+    if trial.suggest_categorical("optimizer", ["sgd", "adamw"]) == "sgd":
+        return Sgd(
+            lr=trial.suggest_float("sgd.lr", 1e-3, 1.0, log=True),
+            weight_decay=trial.suggest_float("sgd.weight_decay", 0.0, 1e-2),
+        )
+    return AdamW(
+        lr=trial.suggest_float("adamw.lr", 1e-4, 1e-1, log=True),
+        weight_decay=trial.suggest_float("adamw.weight_decay", 1e-4, 1e-1, log=True),
+    )

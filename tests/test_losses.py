@@ -1,0 +1,624 @@
+import math
+import sys
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from tuneapp import own
+from tuneapp.config import (
+    BceDice,
+    BinaryCrossEntropy,
+    CrossEntropy,
+    Dice,
+    Focal,
+    Iou,
+    Loss,
+    OwnLoss,
+)
+from tuneapp.errors import ConfigError
+from tuneapp.losses import build_loss, check_loss
+from tuneapp.models import WithAux
+
+ln = math.log
+COUNTS = [1, 1, 1]
+
+# Probabilities of three classes for two examples that the arithmetic below starts from: by softmax
+# for cross-entropy, by sigmoid for all else.
+SOFTMAX = [[1 / 2, 1 / 4, 1 / 4], [1 / 8, 3 / 4, 1 / 8]]
+SIGMOID = [[0.75, 0.5, 0.25], [0.25, 0.75, 0.5]]
+LABELS = [0, 2]
+HARD = [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
+SOFT = [[0.7, 0.3, 0.0], [0.0, 0.5, 0.5]]
+
+# Two examples of two classes with 1 x 2 pixels, and which class each pixel is.
+MASK_SIGMOID = [[[[0.75, 0.5]], [[0.25, 0.75]]], [[[0.5, 0.25]], [[0.75, 0.25]]]]
+MASK_LABELS = [[[0, 1]], [[1, 1]]]
+MASK_SOFT = [[[[1.0, 0.2]], [[0.0, 0.8]]], [[[0.5, 0.0]], [[0.5, 1.0]]]]
+
+EVERY_LOSS: list[Loss] = [
+    CrossEntropy(),
+    CrossEntropy(label_smoothing=0.1),
+    CrossEntropy(class_weights=[1.0, 2.0, 4.0]),
+    CrossEntropy(label_smoothing=0.1, class_weights="balanced"),
+    Focal(),
+    Focal(gamma=0.0),
+    Focal(gamma=0.5, alpha=None),
+    Focal(gamma=1.5, alpha=0.0),
+    BinaryCrossEntropy(),
+    BinaryCrossEntropy(label_smoothing=0.2, pos_weight=3.0),
+    Dice(),
+    Dice(smooth=1e-6),
+    BceDice(),
+    Iou(),
+    Iou(smooth=1e-6),
+]
+
+
+def logits_of(probabilities: Sequence[object]) -> Tensor:
+    """Logits whose sigmoid the probabilities are."""
+    p = torch.tensor(probabilities, dtype=torch.float64)
+    return torch.log(p / (1 - p)).float()
+
+
+def value(config: Loss, logits: Tensor, targets: Sequence[object]) -> float:
+    """The loss of a batch; whole numbers are labels, others shares."""
+    loss = build_loss(config, COUNTS)(logits, torch.tensor(targets))
+    assert loss.shape == ()
+    assert loss.dtype is torch.float32
+    return loss.item()
+
+
+def close(wanted: float) -> object:
+    return pytest.approx(wanted, rel=2e-6)
+
+
+# --- Cross-entropy --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "targets", "wanted"),
+    [
+        (CrossEntropy(), LABELS, (ln(2) + ln(8)) / 2),
+        (
+            CrossEntropy(),
+            SOFT,
+            (0.7 * ln(2) + 0.3 * ln(4) + 0.5 * ln(4 / 3) + 0.5 * ln(8)) / 2,
+        ),
+        (  # 0.7 of the label, and 0.1 for each of the three classes
+            CrossEntropy(label_smoothing=0.3),
+            LABELS,
+            (0.8 * ln(2) + 0.2 * ln(4) + 0.1 * ln(8) + 0.1 * ln(4 / 3) + 0.8 * ln(8)) / 2,
+        ),
+        (
+            CrossEntropy(label_smoothing=0.3),
+            SOFT,
+            (
+                (0.49 + 0.1) * ln(2)
+                + (0.21 + 0.1) * ln(4)
+                + 0.1 * ln(4)
+                + 0.1 * ln(8)
+                + (0.35 + 0.1) * ln(4 / 3)
+                + (0.35 + 0.1) * ln(8)
+            )
+            / 2,
+        ),
+        (  # divided by the weights of the labels, 1 and 4
+            CrossEntropy(class_weights=[1, 2, 4]),
+            LABELS,
+            (1 * ln(2) + 4 * ln(8)) / (1 + 4),
+        ),
+        (  # divided by the examples
+            CrossEntropy(class_weights=(1, 2, 4)),
+            SOFT,
+            (0.7 * 1 * ln(2) + 0.3 * 2 * ln(4) + 0.5 * 2 * ln(4 / 3) + 0.5 * 4 * ln(8)) / 2,
+        ),
+        (
+            CrossEntropy(class_weights=[1, 2, 4], label_smoothing=0.3),
+            LABELS,
+            (
+                0.8 * 1 * ln(2)
+                + 0.1 * 2 * ln(4)
+                + 0.1 * 4 * ln(4)
+                + 0.1 * 1 * ln(8)
+                + 0.1 * 2 * ln(4 / 3)
+                + 0.8 * 4 * ln(8)
+            )
+            / (1 + 4),
+        ),
+    ],
+)
+def test_cross_entropy_is_what_is_worked_by_hand(
+    config: CrossEntropy, targets: Sequence[object], wanted: float
+) -> None:
+    assert value(config, torch.tensor(SOFTMAX).log() + 5, targets) == close(wanted)
+
+
+def test_balanced_weights_are_examples_over_classes_times_examples_of_the_class() -> None:
+    loss = build_loss(CrossEntropy(class_weights="balanced"), [10, 5, 5])
+    wanted = (2 / 3 * ln(2) + 4 / 3 * ln(8)) / (2 / 3 + 4 / 3)
+    assert loss(torch.tensor(SOFTMAX).log(), torch.tensor(LABELS)).item() == close(wanted)
+
+
+def test_a_class_without_training_example_weighs_one_in_a_balanced_loss() -> None:
+    (weights,) = build_loss(CrossEntropy(class_weights="balanced"), [15, 5, 0]).buffers()
+    assert weights.tolist() == pytest.approx([20 / 45, 20 / 15, 1.0])
+    (weights,) = build_loss(CrossEntropy(class_weights="balanced"), [0, 0]).buffers()
+    assert weights.tolist() == [1.0, 1.0]
+
+
+def test_class_weights_of_the_wrong_length_are_refused_with_the_number_of_classes() -> None:
+    config = CrossEntropy(class_weights=[1.0, 2.5])
+    with pytest.raises(ConfigError) as error:
+        build_loss(config, COUNTS)
+    assert str(error.value) == (
+        "loss: class_weights must be a number for each of the 3 classes, got 2: [1.0, 2.5]"
+    )
+    assert check_loss(config, num_classes=3) == [str(error.value)]
+    assert check_loss(config, num_classes=2) == []
+
+
+def test_class_weights_move_with_the_loss() -> None:
+    loss = build_loss(CrossEntropy(class_weights=[1.0, 2.0, 4.0]), COUNTS)
+    assert [b.tolist() for b in loss.buffers()] == [[1.0, 2.0, 4.0]]
+    assert [b.device.type for b in loss.to("meta").buffers()] == ["meta"]
+
+
+# --- Each class against the rest ------------------------------------------------------------------
+
+
+def bce(p: float, t: float, pos_weight: float = 1.0) -> float:
+    return -(pos_weight * t * ln(p) + (1 - t) * ln(1 - p))
+
+
+def pairs(
+    probabilities: Sequence[Sequence[float]], shares: Sequence[Sequence[float]]
+) -> list[tuple[float, float]]:
+    """Each probability with its share, over all examples and classes."""
+    return [
+        pair for ps, ts in zip(probabilities, shares, strict=True) for pair in zip(ps, ts, strict=1)
+    ]
+
+
+def test_binary_cross_entropy_is_the_mean_over_examples_and_classes() -> None:
+    logits = logits_of(SIGMOID)
+    # Example 0: 0.75 is present, 0.5 and 0.25 are not; example 1: 0.5 is, 0.25 and 0.75 are not.
+    by_hand = -(ln(0.75) + ln(0.5) + ln(0.75) + ln(0.75) + ln(0.25) + ln(0.5)) / 6
+    assert value(BinaryCrossEntropy(), logits, LABELS) == close(by_hand)
+    assert value(BinaryCrossEntropy(), logits, HARD) == close(by_hand)
+    soft = sum(bce(p, t) for p, t in pairs(SIGMOID, SOFT)) / 6
+    assert value(BinaryCrossEntropy(), logits, SOFT) == close(soft)
+
+
+def test_labels_of_binary_cross_entropy_are_smoothed_by_half_the_share() -> None:
+    logits, config = logits_of(SIGMOID), BinaryCrossEntropy(label_smoothing=0.2)
+    hard = sum(bce(p, 0.9 if t else 0.1) for p, t in pairs(SIGMOID, HARD)) / 6
+    assert value(config, logits, LABELS) == close(hard)
+    soft = sum(bce(p, 0.8 * t + 0.1) for p, t in pairs(SIGMOID, SOFT)) / 6
+    assert value(config, logits, SOFT) == close(soft)
+
+
+def test_the_positive_weight_counts_what_is_present_more() -> None:
+    logits, config = logits_of(SIGMOID), BinaryCrossEntropy(pos_weight=3.0)
+    by_hand = -(3 * ln(0.75) + ln(0.5) + ln(0.75) + ln(0.75) + ln(0.25) + 3 * ln(0.5)) / 6
+    assert value(config, logits, LABELS) == close(by_hand)
+    soft = sum(bce(p, t, 3.0) for p, t in pairs(SIGMOID, SOFT)) / 6
+    assert value(config, logits, SOFT) == close(soft)
+
+
+def test_focal_loss_is_summed_over_classes_and_averaged_over_examples() -> None:
+    logits = logits_of(SIGMOID)
+    first = -(0.25 * 0.25**2 * ln(0.75) + 0.75 * 0.5**2 * ln(0.5) + 0.75 * 0.25**2 * ln(0.75))
+    second = -(0.75 * 0.25**2 * ln(0.75) + 0.75 * 0.75**2 * ln(0.25) + 0.25 * 0.5**2 * ln(0.5))
+    assert value(Focal(gamma=2, alpha=0.25), logits, LABELS) == close((first + second) / 2)
+    unweighted = -(
+        (0.25**3 + 0.25**3 + 0.25**3) * ln(0.75) + (0.5**3 + 0.5**3) * ln(0.5) + 0.75**3 * ln(0.25)
+    )
+    assert value(Focal(gamma=3, alpha=None), logits, LABELS) == close(unweighted / 2)
+
+
+def test_focal_loss_takes_shares() -> None:
+    wanted = sum(
+        (0.25 * t + 0.75 * (1 - t)) * (1 - p * t - (1 - p) * (1 - t)) ** 2 * bce(p, t)
+        for p, t in pairs(SIGMOID, SOFT)
+    )
+    assert value(Focal(), logits_of(SIGMOID), SOFT) == close(wanted / 2)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("alpha", [None, 0.0, 0.25])
+def test_focal_loss_and_its_gradient_are_torchvisions_where_those_are_finite(
+    gamma: float, alpha: float | None
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(8, 3, generator=generator) * 4).requires_grad_()
+    shares = torch.rand(8, 3, generator=generator)
+    loss = build_loss(Focal(gamma=gamma, alpha=alpha), COUNTS)(logits, shares)
+    wanted = torchvision.ops.sigmoid_focal_loss(
+        logits, shares, alpha=-1 if alpha is None else alpha, gamma=gamma
+    )
+    torch.testing.assert_close(loss, wanted.sum() / 8)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, logits), torch.autograd.grad(wanted.sum() / 8, logits)
+    )
+
+
+def test_focal_loss_without_gamma_and_alpha_is_binary_cross_entropy() -> None:
+    logits = logits_of(SIGMOID)
+    alike = value(BinaryCrossEntropy(), logits, SOFT) * 3
+    assert value(Focal(gamma=0, alpha=None), logits, SOFT) == close(alike)
+
+
+def test_dice_loss_is_of_each_example_over_its_classes() -> None:
+    logits = logits_of(SIGMOID)
+    # Probabilities add up to 1.5 in both examples; 0.75 and 0.5 of them are right.
+    hard = ((1 - (2 * 0.75 + 1) / (1.5 + 1 + 1)) + (1 - (2 * 0.5 + 1) / (1.5 + 1 + 1))) / 2
+    assert value(Dice(), logits, LABELS) == close(hard)
+    first = 1 - (2 * (0.7 * 0.75 + 0.3 * 0.5) + 0.1) / (1.5 + 1 + 0.1)
+    second = 1 - (2 * (0.5 * 0.75 + 0.5 * 0.5) + 0.1) / (1.5 + 1 + 0.1)
+    assert value(Dice(smooth=0.1), logits, SOFT) == close((first + second) / 2)
+
+
+def test_iou_loss_is_of_each_example_over_its_classes() -> None:
+    logits = logits_of(SIGMOID)
+    first = 1 - (0.75 + 1) / (1.5 + 1 - 0.75 + 1)
+    second = 1 - (0.5 + 1) / (1.5 + 1 - 0.5 + 1)
+    assert value(Iou(), logits, LABELS) == close((first + second) / 2)
+    both = [0.7 * 0.75 + 0.3 * 0.5, 0.5 * 0.75 + 0.5 * 0.5]
+    soft = [1 - (b + 0.1) / (1.5 + 1 - b + 0.1) for b in both]
+    assert value(Iou(smooth=0.1), logits, SOFT) == close(sum(soft) / 2)
+
+
+def test_bce_dice_loss_is_the_weighted_mean_of_its_two() -> None:
+    logits = logits_of(SIGMOID)
+    cross_entropy = sum(bce(p, t) for p, t in pairs(SIGMOID, HARD)) / 6
+    dice = ((1 - (2 * 0.75 + 2) / (1.5 + 1 + 2)) + (1 - (2 * 0.5 + 2) / (1.5 + 1 + 2))) / 2
+    config = BceDice(dice_weight=0.3, smooth=2)
+    assert value(config, logits, LABELS) == close(0.7 * cross_entropy + 0.3 * dice)
+    assert value(config, logits, HARD) == close(0.7 * cross_entropy + 0.3 * dice)
+
+
+@pytest.mark.parametrize("config", [Dice(smooth=1e-9), Iou(smooth=1e-9)])
+def test_an_overlap_loss_is_nearly_zero_for_the_right_answer_and_one_for_the_wrong(
+    config: Dice | Iou,
+) -> None:
+    right = torch.full((2, 3), -30.0)
+    right[0, 0] = right[1, 2] = 30.0
+    assert value(config, right, LABELS) == pytest.approx(0, abs=1e-6)
+    assert value(config, -right, LABELS) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("config", EVERY_LOSS)
+@pytest.mark.parametrize("sizes", [(2, 3), (2, 3, 2, 2)])
+def test_labels_are_the_same_as_shares_of_zero_and_one(
+    config: Loss, sizes: tuple[int, ...]
+) -> None:
+    if isinstance(config, CrossEntropy) and config.class_weights is not None:
+        return  # torch divides by the weights of labels, but not of shares
+    logits = torch.randn(sizes, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(math.prod(sizes) // 3).reshape(2, *sizes[2:]) % 3
+    shares = torch.stack([(labels == c).float() for c in range(3)], dim=1)
+    loss = build_loss(config, COUNTS)
+    torch.testing.assert_close(loss(logits, labels), loss(logits, shares))
+
+
+# --- Masks ----------------------------------------------------------------------------------------
+
+# By example, over classes and pixels: probabilities, shares by label, shares.
+FLAT_SIGMOID = [[0.75, 0.5, 0.25, 0.75], [0.5, 0.25, 0.75, 0.25]]
+FLAT_HARD = [[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 1.0, 1.0]]
+FLAT_SOFT = [[1.0, 0.2, 0.0, 0.8], [0.5, 0.0, 0.5, 1.0]]
+
+
+def test_binary_cross_entropy_of_masks_is_the_mean_over_pixels() -> None:
+    logits = logits_of(MASK_SIGMOID)
+    right = [0.75, 0.5, 0.75, 0.75, 0.5, 0.75, 0.75, 0.25]
+    by_hand = -sum(map(ln, right)) / 8
+    assert value(BinaryCrossEntropy(), logits, MASK_LABELS) == close(by_hand)
+    soft = sum(bce(p, t) for p, t in pairs(FLAT_SIGMOID, FLAT_SOFT)) / 8
+    assert value(BinaryCrossEntropy(), logits, MASK_SOFT) == close(soft)
+
+
+def test_overlap_losses_of_masks_are_of_each_example_over_classes_and_pixels() -> None:
+    logits = logits_of(MASK_SIGMOID)
+    # Probabilities add up to 2.25 and 1.75, shares to 2; 1.5 and 1.0 of them are right.
+    dice = ((1 - (3 + 1) / (2.25 + 2 + 1)) + (1 - (2 + 1) / (1.75 + 2 + 1))) / 2
+    iou = ((1 - (1.5 + 1) / (4.25 - 1.5 + 1)) + (1 - (1 + 1) / (3.75 - 1 + 1))) / 2
+    assert value(Dice(), logits, MASK_LABELS) == close(dice)
+    assert value(Iou(), logits, MASK_LABELS) == close(iou)
+    both = [0.75 + 0.2 * 0.5 + 0.8 * 0.75, 0.5 * 0.5 + 0.5 * 0.75 + 0.25]
+    dices = [1 - (2 * b + 1) / (p + 2 + 1) for b, p in zip(both, [2.25, 1.75], strict=True)]
+    ious = [1 - (b + 1) / (p + 2 - b + 1) for b, p in zip(both, [2.25, 1.75], strict=True)]
+    assert value(Dice(), logits, MASK_SOFT) == close(sum(dices) / 2)
+    assert value(Iou(), logits, MASK_SOFT) == close(sum(ious) / 2)
+    cross_entropy = sum(bce(p, t) for p, t in pairs(FLAT_SIGMOID, FLAT_HARD)) / 8
+    assert value(BceDice(), logits, MASK_LABELS) == close((cross_entropy + dice) / 2)
+
+
+def test_focal_loss_of_masks_is_summed_over_pixels() -> None:
+    wanted = sum(
+        (0.25 if t else 0.75) * (1 - p if t else p) ** 2 * bce(p, t)
+        for p, t in pairs(FLAT_SIGMOID, FLAT_HARD)
+    )
+    assert value(Focal(), logits_of(MASK_SIGMOID), MASK_LABELS) == close(wanted / 2)
+
+
+def test_cross_entropy_of_masks_is_the_mean_over_pixels() -> None:
+    logits = torch.tensor([[[[ln(3), 0.0]], [[0.0, ln(4)]]]])
+    assert value(CrossEntropy(), logits, [[[0, 0]]]) == close((ln(4 / 3) + ln(5)) / 2)
+
+
+# --- For every loss -------------------------------------------------------------------------------
+
+
+def extremes(most: float) -> Tensor:
+    """Logits (8, 3) from a network that is sure, right or wrong, or says nothing."""
+    rows = [(1, 1, 1), (-1, -1, -1), (1, -1, -1), (-1, 1, -1), (-1, 1, 1), (0, 0, 0)]
+    return most * torch.tensor([*rows, (1, 0, -1), (1e-3, -1e-3, 0)])
+
+
+@pytest.mark.parametrize("config", EVERY_LOSS)
+@pytest.mark.parametrize(
+    ("dtype", "most"),
+    [
+        (torch.float16, 65504.0),
+        (torch.float16, 20.0),
+        (torch.bfloat16, 1e4),
+        (torch.bfloat16, 20.0),
+        (torch.float32, 1e4),
+    ],
+)
+@pytest.mark.parametrize("is_hard", [True, False])
+def test_the_loss_and_its_gradient_are_finite_at_the_extremes(
+    config: Loss, dtype: torch.dtype, most: float, is_hard: bool
+) -> None:
+    loss = build_loss(config, [8, 1, 0])
+    shares = torch.tensor([[1.0, 0.0, 0.0], [0.7, 0.3, 0.0], [1e-9, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    for target in torch.arange(3) if is_hard else shares:
+        logits = extremes(most).to(dtype).requires_grad_()
+        assert logits.isfinite().all()
+        mean = loss(logits, target.expand(8, *target.shape))
+        assert mean.dtype is torch.float32
+        assert mean.isfinite()
+        (gradient,) = torch.autograd.grad(mean, logits)
+        assert gradient.dtype is dtype
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("config", EVERY_LOSS)
+@pytest.mark.parametrize("targets", [LABELS, SOFT])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_every_loss_computes_in_float32_also_under_autocast(
+    config: Loss, targets: Sequence[object], dtype: torch.dtype
+) -> None:
+    logits = logits_of(SIGMOID).to(dtype)
+    shares = torch.tensor(targets)
+    loss = build_loss(config, COUNTS)
+    wanted = loss(logits.float(), shares)
+    assert loss(logits, shares.to(dtype) if shares.is_floating_point() else shares).item() == (
+        wanted.item() if shares.dtype is torch.int64 else pytest.approx(wanted.item(), rel=1e-2)
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = loss(logits, shares)
+    assert mixed.dtype is torch.float32
+    assert mixed.item() == wanted.item()
+
+
+@pytest.mark.parametrize("config", EVERY_LOSS)
+def test_losses_of_auxiliary_classifiers_are_added_with_their_weight(config: Loss) -> None:
+    logits = torch.tensor(SIGMOID)
+    aux = (logits.flip(0), 2 * logits - 1)
+    for targets in torch.tensor(LABELS), torch.tensor(SOFT):
+        alone = [build_loss(config, COUNTS)(x, targets).item() for x in (logits, *aux)]
+        both = build_loss(config, COUNTS, aux_weight=0.3)(WithAux(logits, aux), targets)
+        assert both.item() == close(alone[0] + 0.3 * (alone[1] + alone[2]))
+
+
+@pytest.mark.parametrize("config", EVERY_LOSS)
+@pytest.mark.parametrize("is_hard", [True, False])
+def test_parts_of_a_batch_add_up_to_it_by_their_examples(config: Loss, is_hard: bool) -> None:
+    if isinstance(config, CrossEntropy) and config.class_weights is not None:
+        return  # torch divides by the weights of the labels: of each part
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(7, 3, generator=generator)
+    targets = torch.arange(7) % 3 if is_hard else torch.rand(7, 3, generator=generator)
+    loss = build_loss(config, COUNTS)
+    parts = zip(logits.split([2, 4, 1]), targets.split([2, 4, 1]), strict=True)
+    added = sum(loss(x, t).item() * len(x) / 7 for x, t in parts)
+    assert loss(logits, targets).item() == close(added)
+
+
+@pytest.mark.parametrize("config", EVERY_LOSS)
+def test_every_shipped_loss_passes_its_own_check(config: Loss) -> None:
+    assert check_loss(config, num_classes=3) == []
+
+
+def test_a_loss_learns_the_labels() -> None:
+    for config in EVERY_LOSS:
+        logits = torch.zeros(2, 3, requires_grad=True)
+        loss = build_loss(config, COUNTS)
+        for _ in range(200):
+            (gradient,) = torch.autograd.grad(loss(logits, torch.tensor(LABELS)), logits)
+            logits = (logits - gradient).detach().requires_grad_()
+        assert logits.argmax(1).tolist() == LABELS, config
+
+
+# --- The user's own -------------------------------------------------------------------------------
+
+
+class Scaled(nn.Module):
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(scale))
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return self.scale * (logits[:, 0] - targets).mean()
+
+
+class Linear(nn.Module):
+    """Computes in half precision unless autocast is off, and returns float64."""
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        product = logits @ logits.T
+        assert product.dtype is torch.float32
+        return product.mean().double()
+
+
+def noisy(logits: Tensor, targets: Tensor) -> Tensor:
+    return (logits + torch.randn(logits.shape)).mean()
+
+
+def scaled(logits: Tensor, targets: Tensor, scale: float = 1.0) -> Tensor:
+    return scale * (logits[:, 0] - targets).mean()
+
+
+def failing(logits: Tensor, targets: Tensor) -> Tensor:
+    raise KeyError("colour\nof many lines")
+
+
+@pytest.fixture
+def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[object], str]:
+    """Return what makes an object importable, and its import path."""
+    monkeypatch.setattr(own, "_spaces", {})
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def offer(thing: object) -> str:
+        module = types.ModuleType("own_losses")
+        module.thing = thing
+        own.offer("own_losses", module, tmp_path)
+        return "own_losses:thing"
+
+    return offer
+
+
+@pytest.mark.parametrize(
+    ("thing", "options"),
+    [(scaled, {"scale": 3.0}), (Scaled, {"scale": 3.0}), (Scaled(3.0), {})],
+)
+def test_an_own_loss_is_a_function_a_class_or_an_instance(
+    thing: object, options: dict[str, float], offer: Callable[[object], str]
+) -> None:
+    config = OwnLoss(loss=offer(thing), options=options)
+    logits, labels = torch.tensor([[4.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 1])
+    loss = build_loss(config, [1, 1], aux_weight=0.5)
+    assert loss(logits, labels).item() == 3 * (4 + 0) / 2
+    assert loss(WithAux(logits, (logits,)), labels).item() == 1.5 * 3 * (4 + 0) / 2
+    assert check_loss(config, num_classes=2) == []
+
+
+def test_an_own_loss_without_options_is_called_with_two_arguments(
+    offer: Callable[[object], str],
+) -> None:
+    for thing in scaled, Scaled:
+        loss = build_loss(OwnLoss(loss=offer(thing)), [1, 1])
+        assert loss(torch.tensor([[4.0, 0.0]]), torch.tensor([1])).item() == 3
+
+
+def test_an_own_loss_gets_float32_and_gives_float32_also_under_autocast(
+    offer: Callable[[object], str],
+) -> None:
+    loss = build_loss(OwnLoss(loss=offer(Linear)), [1, 1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mean = loss(torch.ones(2, 2, dtype=torch.bfloat16), torch.tensor([0, 1]))
+    assert (mean.dtype, mean.item()) == (torch.float32, 2.0)
+
+
+def test_the_buffers_of_an_own_class_move_with_the_loss(offer: Callable[[object], str]) -> None:
+    loss = build_loss(OwnLoss(loss=offer(Scaled)), [1, 1])
+    assert [b.device.type for b in loss.to("meta").buffers()] == ["meta"]
+
+
+def test_an_instance_takes_no_options(offer: Callable[[object], str]) -> None:
+    config = OwnLoss(loss=offer(Scaled()), options={"scale": 3.0})
+    with pytest.raises(ConfigError) as error:
+        build_loss(config, [1, 1])
+    assert str(error.value) == (
+        "loss 'own_losses:thing' is an instance of Scaled and takes no options, got "
+        "{'scale': 3.0}; name its class instead"
+    )
+    assert check_loss(config, num_classes=2) == [str(error.value)]
+
+
+@pytest.mark.parametrize(
+    ("thing", "options", "wanted"),
+    [
+        (lambda x, t: x.mean(1), {}, "returned shape (2,); it must return the batch's mean, a te"),
+        (lambda x, t: x.mean().item(), {}, "returned float; it must return the batch's mean"),
+        (lambda x, t: None, {}, "returned NoneType; it must"),
+        (lambda x, t: x.sum() / 0, {}, "it is nan for logits in [-1, 1]; it must be finite"),
+        (lambda x, t: x.mean() + math.inf, {}, "it is inf for logits in [-1, 1]; it must be"),
+        (lambda x, t: x.detach().mean(), {}, "it has no gradient to the logits; compute it"),
+        (lambda x, t: (x.argmax(1) == t).sum(), {}, "it has no gradient to the logits"),
+        (
+            lambda x, t: torch.ones((), requires_grad=True) * 2,
+            {},
+            "it has no gradient to the logits",
+        ),
+        (
+            lambda x, t: (x - x).abs().sqrt().mean(),
+            {},
+            "its gradient to the logits is not finite for logits in [-1, 1]",
+        ),
+        (failing, {}, "trying it on two examples failed: KeyError: 'colour\\nof many lines' (test"),
+        (
+            lambda x, t: x.view(5),
+            {},
+            "trying it on two examples failed: RuntimeError: shape '[5]' is invalid for input",
+        ),
+        (scaled, {"scael": 1}, "trying it on two examples failed: TypeError: "),
+        (Scaled, {"scael": 1}, "trying it on two examples failed: TypeError: "),
+    ],
+)
+def test_a_bad_own_loss_is_one_line_that_says_what_is_wrong(
+    thing: object, options: dict[str, object], wanted: str, offer: Callable[[object], str]
+) -> None:
+    (line,) = check_loss(OwnLoss(loss=offer(thing), options=options), num_classes=3)
+    assert line.removeprefix("loss 'own_losses:thing'").lstrip(": ").startswith(wanted)
+    assert line.startswith("loss 'own_losses:thing'")
+    assert "\n" not in line
+
+
+def test_an_own_loss_that_is_no_scalar_is_refused_when_it_is_called(
+    offer: Callable[[object], str],
+) -> None:
+    loss = build_loss(OwnLoss(loss=offer(lambda x, t: x)), [1, 1])
+    with pytest.raises(ConfigError, match=r"loss 'own_losses:thing' returned shape \(2, 2\); it"):
+        loss(torch.ones(2, 2), torch.tensor([0, 1]))
+
+
+def test_an_own_loss_that_is_not_there_is_one_line() -> None:
+    (line,) = check_loss(OwnLoss(loss="no_such_module:loss"), num_classes=3)
+    assert line.startswith("loss 'no_such_module:loss': cannot import no_such_module")
+
+
+def test_the_check_leaves_random_numbers_and_the_loss_itself_alone(
+    offer: Callable[[object], str],
+) -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    assert check_loss(OwnLoss(loss=offer(noisy)), num_classes=3) == []
+    instance = nn.Linear(3, 1)
+
+    class Learned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = instance
+
+        def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+            return self.layer(logits).mean()
+
+    torch.manual_seed(0)
+    assert check_loss(OwnLoss(loss=offer(Learned())), num_classes=3) == []
+    assert torch.equal(torch.get_rng_state(), before)
+    assert instance.weight.grad is None
+
+
+def test_the_check_takes_one_class_as_well_as_many() -> None:
+    for config in EVERY_LOSS:
+        if config != CrossEntropy(class_weights=[1.0, 2.0, 4.0]):
+            assert check_loss(config, num_classes=1) == []
+            assert check_loss(config, num_classes=1000) == []

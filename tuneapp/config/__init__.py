@@ -1,0 +1,75 @@
+"""What a trial is (searched) and how it is run (never searched), as typed, checked values.
+
+Every class is frozen and keyword-only, so that a typo in a search space is a `TypeError` on the
+user's own line. Wrong values are collected and reported together. This package imports nothing but
+the standard library: search-space files import it, and `tuneapp show` stays fast.
+"""
+
+from tuneapp.config.checks import METRIC_MODES, Metric, is_reference
+from tuneapp.config.losses import (
+    BceDice,
+    BinaryCrossEntropy,
+    CrossEntropy,
+    Dice,
+    Focal,
+    Iou,
+    Loss,
+    OwnLoss,
+)
+from tuneapp.config.optimizers import Adam, AdamW, Optimizer, RmsProp, Sgd
+from tuneapp.config.run import RunSettings, canonical_json, is_better
+from tuneapp.config.schedules import (
+    Constant,
+    Cosine,
+    CosineRestarts,
+    Cyclic,
+    Exponential,
+    MultiStep,
+    OneCycle,
+    OwnSchedule,
+    Plateau,
+    Polynomial,
+    Schedule,
+    Step,
+)
+from tuneapp.config.trial import AMP_MODES, AUGMENTS, Amp, Augment, Preprocess, TrialConfig
+
+__all__ = [
+    "AMP_MODES",
+    "AUGMENTS",
+    "METRIC_MODES",
+    "Adam",
+    "AdamW",
+    "Amp",
+    "Augment",
+    "BceDice",
+    "BinaryCrossEntropy",
+    "Constant",
+    "Cosine",
+    "CosineRestarts",
+    "CrossEntropy",
+    "Cyclic",
+    "Dice",
+    "Exponential",
+    "Focal",
+    "Iou",
+    "Loss",
+    "Metric",
+    "MultiStep",
+    "OneCycle",
+    "Optimizer",
+    "OwnLoss",
+    "OwnSchedule",
+    "Plateau",
+    "Polynomial",
+    "Preprocess",
+    "RmsProp",
+    "RunSettings",
+    "Schedule",
+    "Sgd",
+    "Step",
+    "TrialConfig",
+    "canonical_json",
+    "is_better",
+    "is_reference",
+]

@@ -1,0 +1,71 @@
+"""Where and how trials run, and what makes one better than another."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from tuneapp.config.checks import METRIC_MODES, Checked, Metric, is_whole, one_of, require, whole
+from tuneapp.config.trial import TrialConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(Checked):
+    """Where and how trials run: the same for every trial of a sweep, and never searched.
+
+    Attributes:
+        data: `digits` (embedded) or the path of an image folder.
+        seed: with a trial's own `seed`, the source of every random draw.
+        metric: what a trial is judged by, always at its best epoch.
+        max_epochs: a ceiling on every trial's `epochs`, for quick looks.
+        image_size: replaces every trial's `image_size`.
+        device: `auto` is the trial's GPU where it has one, else the CPU.
+    """
+
+    data: str = "digits"
+    seed: int = 0
+    metric: Metric = "val/accuracy"
+    max_epochs: int | None = None
+    image_size: int | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def _mistakes(self) -> list[str]:
+        epochs_ok = self.max_epochs is None or is_whole(self.max_epochs, 1)
+        size_ok = self.image_size is None or is_whole(self.image_size, 16)
+        return [
+            *whole("seed", self.seed, 0),
+            *one_of("metric", self.metric, tuple(METRIC_MODES)),
+            *one_of("device", self.device, ("auto", "cpu", "cuda")),
+            *require(epochs_ok, "epochs", self.max_epochs, "a whole number >= 1"),
+            *require(size_ok, "image_size", self.image_size, "a whole number >= 16"),
+        ]
+
+    @property
+    def mode(self) -> Literal["max", "min"]:
+        """Whether a larger or a smaller value of the metric is better."""
+        return METRIC_MODES[self.metric]
+
+    def applied_to(self, config: TrialConfig) -> TrialConfig:
+        """Return `config` under this run's ceiling on epochs and its image size.
+
+        Epochs beyond the ceiling do not come, nor does what was to be unfrozen in them.
+        """
+        epochs = min(config.epochs, self.max_epochs or config.epochs)
+        return replace(
+            config,
+            epochs=epochs,
+            unfreeze_at={e: d for e, d in config.unfreeze_at.items() if e <= epochs},
+            image_size=self.image_size or config.image_size,
+        )
+
+
+def is_better(value: float, than: float | None, mode: Literal["max", "min"]) -> bool:
+    """Whether `value` beats `than` (None: nothing yet); of equals, the first stays."""
+    if than is None:
+        return True
+    return value > than if mode == "max" else value < than
+
+
+def canonical_json(plain: Mapping[str, Any]) -> str:
+    """Return one spelling of `plain`: sorted keys, no spaces, finite numbers only."""
+    return json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False)

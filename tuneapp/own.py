@@ -1,0 +1,92 @@
+"""Networks, losses and schedules of the user's own, by import path: `package.module:name`.
+
+What a search-space file defines itself is found under the file's name (`own_network:build` in
+`own_network.py`), in the text that was executed: a run that goes on uses its copy of the file.
+"""
+
+import hashlib
+import importlib
+import sys
+import types
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tuneapp.errors import ConfigError, RunError, did_you_mean
+
+_spaces: dict[str, types.ModuleType] = {}
+
+
+def offer(name: str, module: types.ModuleType, folder: Path) -> None:
+    """Let `name:...` stand for what `module` defines, and modules in `folder` be imported."""
+    _spaces[name] = module
+    import_from([str(folder.absolute())])
+
+
+def import_from(folders: Iterable[str]) -> None:
+    """Let modules in these folders be imported, after everything that could be before."""
+    sys.path += [folder for folder in folders if folder not in sys.path]
+
+
+def find_own(reference: str, field: str) -> Any:
+    """Return the object at an import path.
+
+    Args:
+        reference: such as `package.module:name`.
+        field: where it was written, for errors.
+
+    Raises:
+        ConfigError: there is no such module, it cannot be imported, or has no such name.
+    """
+    module_name, _, name = reference.partition(":")
+    module = _spaces.get(module_name)
+    if module is None:
+        try:
+            module = importlib.import_module(module_name)
+        except Exception as error:
+            raise ConfigError(
+                f"{field} {reference!r}: cannot import {module_name}: "
+                f"{type(error).__name__}: {error}; it must be importable from here, or lie beside "
+                "the search space"
+            ) from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        known = [n for n, value in vars(module).items() if callable(value) and n[:1] != "_"]
+        what = "has no" if found is None else "cannot call its"
+        raise ConfigError(
+            f"{field} {reference!r}: {module_name} {what} {name}{did_you_mean(name, known)}"
+        )
+    return found
+
+
+def fingerprint(reference: str) -> tuple[str, str] | None:
+    """Return the file that defines an object and its SHA-256; None for a space's own text."""
+    module_name = reference.partition(":")[0]
+    if module_name in _spaces:
+        return None
+    file = getattr(importlib.import_module(module_name), "__file__", None)
+    return None if file is None else (file, _sha256(Path(file)))
+
+
+def require_same_code(code: Mapping[str, str]) -> None:
+    """Check that files of the user's own code are what they were when the run began.
+
+    Args:
+        code: file -> its SHA-256.
+
+    Raises:
+        RunError: one is gone, or has changed.
+    """
+    for file, sha256 in code.items():
+        try:
+            same = _sha256(Path(file)) == sha256
+        except OSError as error:
+            raise RunError(f"{file}, which this run uses, cannot be read: {error}") from None
+        if not same:
+            raise RunError(
+                f"{file} has changed since this run began; restore it, or begin a new run"
+            )
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

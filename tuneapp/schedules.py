@@ -1,0 +1,218 @@
+"""Learning-rate schedules from their configuration: torch's own classes, after a linear warm-up.
+
+Every schedule is stepped after each optimizer step, and what torch counts in epochs is given to it
+in steps; only a plateau, which looks at a metric, is stepped after each epoch.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, assert_never
+
+from torch import optim
+from torch.optim.lr_scheduler import (
+    ConstantLR,
+    CosineAnnealingLR,
+    CosineAnnealingWarmRestarts,
+    CyclicLR,
+    ExponentialLR,
+    LambdaLR,
+    LinearLR,
+    LRScheduler,
+    MultiStepLR,
+    OneCycleLR,
+    PolynomialLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+    StepLR,
+)
+
+from tuneapp import config as c
+from tuneapp.config import METRIC_MODES, TrialConfig
+from tuneapp.errors import ConfigError
+from tuneapp.own import find_own
+
+WARMUP_START = 0.01
+"""Share of the learning rate at which a warm-up begins."""
+
+
+class Schedule:
+    """How the learning rates of all parameter groups change over a training.
+
+    Attributes:
+        main: torch's schedule; after the warm-up, where there is one.
+        rise: the linear warm-up, or None.
+    """
+
+    def __init__(self, optimizer: optim.Optimizer, config: TrialConfig, steps_per_epoch: int):
+        """Begin the schedule over all `config.epochs * steps_per_epoch` optimizer steps.
+
+        Raises:
+            ConfigError: the training is too short for it, or a function of the user's own fails.
+        """
+        self._steps_per_epoch = steps_per_epoch
+        self._steps_done = 0
+        self._monitor = getattr(config.schedule, "monitor", None)
+        warmup = warmup_steps(config, steps_per_epoch)
+        self.main = _build_main(optimizer, config, steps_per_epoch, warmup)
+        self.rise = None
+        self._each_step: LRScheduler | None = None
+        if warmup > 0:
+            # LinearLR reaches the full rate at its step `total_iters`, the first of the main part.
+            self.rise = LinearLR(optimizer, start_factor=WARMUP_START, total_iters=warmup)
+        if isinstance(self.main, ReduceLROnPlateau):
+            self._each_step = self.rise
+        elif self.rise is None:
+            self._each_step = self.main
+        else:
+            self._each_step = SequentialLR(optimizer, [self.rise, self.main], milestones=[warmup])
+
+    @property
+    def warmup_steps(self) -> int:
+        """Optimizer steps of the warm-up."""
+        return 0 if self.rise is None else int(self.rise.total_iters)
+
+    def step(self) -> None:
+        """Go on by one optimizer step."""
+        self._steps_done += 1
+        if self._each_step is not None:
+            self._each_step.step()
+
+    def end_epoch(self, row: Mapping[str, float]) -> None:
+        """Tell the metrics of an epoch; only a plateau looks at them, after its warm-up."""
+        if isinstance(self.main, ReduceLROnPlateau) and self._steps_done > self.warmup_steps:
+            assert self._monitor is not None
+            self.main.step(row[self._monitor])
+
+    def replay(self, history: Sequence[Mapping[str, float]]) -> None:
+        """Go on by these epochs at once, without a training."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            for row in history:
+                for _ in range(self._steps_per_epoch):
+                    self.step()
+                self.end_epoch(row)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that changes."""
+        parts = {"main": self.main, "each_step": self._each_step}
+        return {
+            "steps_done": self._steps_done,
+            **{name: part.state_dict() for name, part in parts.items() if part is not None},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()` of the same schedule."""
+        self._steps_done = state["steps_done"]
+        self.main.load_state_dict(state["main"])
+        if self._each_step is not None:
+            self._each_step.load_state_dict(state["each_step"])
+
+
+def warmup_steps(config: TrialConfig, steps_per_epoch: int) -> int:
+    """Return how many optimizer steps the linear warm-up takes, rounded up."""
+    fraction = getattr(config.schedule, "warmup_fraction", 0.0)
+    total = config.epochs * steps_per_epoch
+    return min(math.ceil(fraction * total - 1e-9), total - 1)  # 0.07 * 100 is a bit above 7
+
+
+def check_schedule(config: TrialConfig) -> list[str]:
+    """Return what is wrong with a schedule of the user's own."""
+    if not isinstance(config.schedule, c.OwnSchedule):
+        return []
+    try:
+        factor = _own_factor(config.schedule, config)
+        for epoch in range(config.epochs):
+            factor(epoch)
+    except ConfigError as error:
+        return [str(error)]
+    return []
+
+
+def _build_main(  # noqa: C901 - one flat case for each schedule
+    optimizer: optim.Optimizer, config: TrialConfig, steps_per_epoch: int, warmup: int
+) -> LRScheduler | ReduceLROnPlateau:
+    chosen = config.schedule
+    steps = config.epochs * steps_per_epoch - warmup
+    match chosen:
+        case c.Constant():
+            return ConstantLR(optimizer, factor=1.0, total_iters=0)
+        case c.Step():
+            step_size = chosen.every_epochs * steps_per_epoch
+            return StepLR(optimizer, step_size=step_size, gamma=chosen.gamma)
+        case c.MultiStep():
+            milestones = [epoch * steps_per_epoch for epoch in chosen.milestones]
+            return MultiStepLR(optimizer, milestones=milestones, gamma=chosen.gamma)
+        case c.Exponential():
+            return ExponentialLR(optimizer, gamma=chosen.gamma ** (1 / steps_per_epoch))
+        case c.Polynomial():
+            return PolynomialLR(optimizer, total_iters=steps, power=chosen.power)
+        case c.Cosine():
+            return CosineAnnealingLR(optimizer, T_max=steps)
+        case c.CosineRestarts():
+            first = chosen.first_epochs * steps_per_epoch
+            return CosineAnnealingWarmRestarts(optimizer, T_0=first, T_mult=chosen.multiplier)
+        case c.OneCycle():
+            return _one_cycle(optimizer, chosen, steps)
+        case c.Cyclic():
+            return _cyclic(optimizer, chosen, steps_per_epoch)
+        case c.Plateau():
+            return ReduceLROnPlateau(
+                optimizer,
+                mode=METRIC_MODES[chosen.monitor],
+                factor=chosen.factor,
+                patience=chosen.patience,
+                threshold=chosen.threshold,
+                cooldown=chosen.cooldown,
+                eps=0.0,  # or else the rates of low stages stay where those of high ones fall
+            )
+        case c.OwnSchedule():
+            factor = _own_factor(chosen, config)
+            return LambdaLR(optimizer, lambda step: factor(step // steps_per_epoch))
+        case _:
+            assert_never(chosen)
+
+
+def _one_cycle(optimizer: optim.Optimizer, chosen: c.OneCycle, total: int) -> OneCycleLR:
+    if total < 3:
+        raise ConfigError(f"schedule OneCycle needs 3 optimizer steps, this training has {total}")
+    return OneCycleLR(
+        optimizer,
+        max_lr=[group["lr"] for group in optimizer.param_groups],
+        total_steps=total,
+        # Its rise divides by its steps less one.
+        pct_start=chosen.pct_start if chosen.pct_start * total > 1 else 2 / total,
+        div_factor=chosen.div_factor,
+        final_div_factor=chosen.final_div_factor,
+        cycle_momentum=False,
+    )
+
+
+def _cyclic(optimizer: optim.Optimizer, chosen: c.Cyclic, steps_per_epoch: int) -> CyclicLR:
+    tops = [group["lr"] for group in optimizer.param_groups]
+    return CyclicLR(
+        optimizer,
+        base_lr=[chosen.base_factor * top for top in tops],
+        max_lr=tops,
+        step_size_up=chosen.up_epochs * steps_per_epoch,
+        mode=chosen.mode,
+        cycle_momentum=False,
+    )
+
+
+def _own_factor(chosen: c.OwnSchedule, config: TrialConfig) -> Callable[[int], float]:
+    """Return the user's function of the epoch, which says what is wrong with its answers."""
+    function = find_own(chosen.factor, "schedule")
+
+    def factor(epoch: int) -> float:
+        call = f"schedule {chosen.factor!r}: in epoch {epoch} it"
+        try:
+            value = function(epoch, config)
+        except Exception as error:
+            raise ConfigError(f"{call} failed: {type(error).__name__}: {error}") from error
+        ok = isinstance(value, int | float) and math.isfinite(value) and value >= 0
+        if not ok:
+            raise ConfigError(f"{call} returned {value!r}; it must be a number >= 0")
+        return float(value)
+
+    return factor

@@ -1,0 +1,204 @@
+"""The tensors in a file, under the names that a network has for them.
+
+Training scripts wrap a network before they save it, torchvision has renamed layers since it saved
+its own, and a vision transformer's position embeddings belong to one image size: what is the same
+tensor all the same is found here.
+"""
+
+import logging
+import re
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TypeGuard
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
+
+from tuneapp.errors import WeightsError
+from tuneapp.fetch import check_hash, hub_dir
+
+log = logging.getLogger(__name__)
+
+State = Mapping[str, Tensor]
+
+POSITIONS = "encoder.pos_embedding"
+"""torchvision's name of a vision transformer's position embeddings."""
+
+# What torchvision's own files call some layers, and what its code does today.
+_OLD_NAMES = (
+    (re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)"), r"\1\2"),
+    (re.compile(r"\.mlp\.linear_1\."), ".mlp.0."),
+    (re.compile(r"\.mlp\.linear_2\."), ".mlp.3."),
+)
+
+
+@lru_cache(maxsize=4)
+def read_state_dict(file: Path, changed_ns: int) -> State:
+    """Return the tensors in `file` under the names that they have there; read once per process.
+
+    Args:
+        file: `.safetensors`; or written by `torch.save` of a state_dict or of a dict that holds
+            one, such as a checkpoint: its `ema`, else its `state_dict` or `model`.
+        changed_ns: its modification time, so that a changed file is read anew.
+
+    Raises:
+        WeightsError: it is damaged, is no state_dict, or holds numbers that are not finite.
+    """
+    if file.parent == hub_dir():
+        check_hash(file, file.name)
+    try:
+        content: object
+        if file.suffix.lower() == ".safetensors":
+            content = safetensors.torch.load(file.read_bytes())
+        else:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise WeightsError(
+            f"{file} is not a readable file of plain weights ({first[:100]}); delete it, or save "
+            "it again with torch.save(model.state_dict(), ...)"
+        ) from None
+    for key in ("ema", "state_dict", "model"):  # how training scripts commonly wrap it, and ours
+        if isinstance(content, dict) and _holds_tensors(content.get(key)):
+            content = content[key]
+    if not _holds_tensors(content):
+        raise WeightsError(f"{file} holds no state_dict (names with tensors)")
+    state = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
+    if all(name == "n_averaged" or name.startswith("module.") for name in state):
+        state.pop("n_averaged", None)  # the counter of torch.optim.swa_utils.AveragedModel
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise WeightsError(f"{file}: {name} holds NaN or infinite numbers")
+    return state
+
+
+def _holds_tensors(content: object) -> TypeGuard[dict[object, object]]:
+    return isinstance(content, dict) and any(isinstance(v, Tensor) for v in content.values())
+
+
+def named_as(own: State, state: State) -> State:
+    """Return `state` with the names that `own` has for the same tensors.
+
+    A prefix such as `module.`, `_orig_mod.`, `network.` or `module.model.` is taken off where most
+    of the tensors that do not fit carry it, and more of them fit without it than with it.
+
+    Args:
+        own: the state_dict of a network.
+        state: that of a file.
+    """
+    while True:
+        fitting = {name for name, tensor in state.items() if _fits(name, tensor, own)}
+        stray = state.keys() - fitting
+        prefix = _wrapping({name: state[name] for name in stray}, fitting, own)
+        if prefix is None:
+            return {_todays(name, own): tensor for name, tensor in state.items()}
+        log.info("names are taken without %r", prefix)
+        taken_off = {n.removeprefix(prefix): state[n] for n in stray if n.startswith(prefix)}
+        state = {n: t for n, t in state.items() if n in fitting or not n.startswith(prefix)}
+        state |= taken_off
+
+
+def _wrapping(stray: State, fitting: Collection[str], own: State) -> str | None:
+    """Return the prefix without which the most of the stray tensors would fit.
+
+    All leading segments together are tried, since taking off one of two need not help.
+    """
+    gains = Counter(
+        ".".join(parts[:cut]) + "."
+        for name, tensor in stray.items()
+        for parts in [name.split(".")]
+        for cut in range(1, len(parts))
+        if (inner := ".".join(parts[cut:])) not in fitting and _fits(inner, tensor, own)
+    )
+    if not gains:
+        return None
+    prefix = gains.most_common(1)[0][0]
+    carriers = sum(name.startswith(prefix) for name in stray)
+    return prefix if 2 * carriers > len(stray) else None
+
+
+def _fits(name: str, tensor: Tensor, own: State) -> bool:
+    return name in own and own[name].shape == tensor.shape
+
+
+def _todays(name: str, own: State) -> str:
+    if name not in own:
+        for old, today in _OLD_NAMES:
+            renamed = old.sub(today, name)
+            if renamed in own:
+                return renamed
+    return name
+
+
+def resized_for(network: nn.Module, state: State) -> State:
+    """Return `state` with position embeddings for the image size of a vision transformer.
+
+    The same `state` where there is nothing to change; `POSITIONS` is what may differ.
+    """
+    if not isinstance(network, VisionTransformer) or POSITIONS not in state:
+        return state
+    given = state[POSITIONS]
+    if given.shape[1:2] == (network.seq_length,):
+        return state
+    try:
+        resized = interpolate_embeddings(
+            network.image_size, network.patch_size, OrderedDict({POSITIONS: given.float()})
+        )
+    except ValueError:  # not of a square: told as of another shape
+        return state
+    return {**state, **resized}
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What of a state_dict went into a network: names of tensors.
+
+    Attributes:
+        loaded: those that fit.
+        other_shape: of the network, but not of its shape: left as they were.
+        missing: of the network, but not in the file: likewise.
+        unexpected: in the file, but not of the network.
+        interpolated: those of `loaded` that were made for another image size.
+    """
+
+    loaded: tuple[str, ...]
+    other_shape: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    interpolated: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.loaded)} tensors loaded"]
+        for words, names in (
+            ("interpolated for another image size", self.interpolated),
+            ("of another shape", self.other_shape),
+            ("missing in the file", self.missing),
+            ("not of this network", self.unexpected),
+        ):
+            if names:
+                more = ", ..." if len(names) > 3 else ""
+                parts.append(f"{len(names)} {words} ({', '.join(names[:3])}{more})")
+        return "; ".join(parts)
+
+
+def compare(own: State, state: State, interpolated: tuple[str, ...]) -> LoadReport:
+    """Return what of `state` fits a network whose state_dict is `own`."""
+    shared = [name for name in state if name in own]
+    loaded = tuple(name for name in shared if _fits(name, state[name], own))
+    return LoadReport(
+        loaded=loaded,
+        other_shape=tuple(name for name in shared if name not in loaded),
+        missing=tuple(n for n in own if n not in state and not is_counter(n)),
+        unexpected=tuple(name for name in state if name not in own),
+        interpolated=tuple(name for name in interpolated if name in loaded),
+    )
+
+
+def is_counter(name: str) -> bool:
+    """Whether it is BatchNorm's count of batches, which old files lack and nothing depends on."""
+    return name.rpartition(".")[2] == "num_batches_tracked"

@@ -1,0 +1,202 @@
+"""A trial before its first epoch: data, network, loss, optimizer, schedule, built from nothing."""
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tuneapp.applied import Applied, read_back, require_applied, require_batches
+from tuneapp.average import WeightAverage
+from tuneapp.checkpoint import TrainState
+from tuneapp.config import Amp, RunSettings, TrialConfig
+from tuneapp.data.source import ImageSet
+from tuneapp.data.store import Preprocessing, open_store
+from tuneapp.data.views import Batches, evaluation_view, mixing, training_view
+from tuneapp.errors import ConfigError
+from tuneapp.loop import EpochMetrics, Precision
+from tuneapp.losses import build_loss
+from tuneapp.models import StagedModel, build_staged, freeze_as, seed_everything
+from tuneapp.optim import build_optimizer
+from tuneapp.schedules import Schedule
+from tuneapp.weights import load_weights, preprocessing_of
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialRun:
+    """Where and how one trial runs.
+
+    Attributes:
+        images: the data set, split.
+        weights_file: a state_dict to start from; None starts from random weights.
+        weights_name: what these weights are called.
+        num_threads: CPU threads.
+        has_gpu: whether a GPU was given to this trial.
+        folder: where its files go; None writes none.
+        params: the sampled values behind the configuration, for HParams.
+    """
+
+    settings: RunSettings
+    images: ImageSet
+    weights_file: Path | None = None
+    weights_name: str = "random"
+    num_threads: int = 1
+    has_gpu: bool = False
+    folder: Path | None = None
+    params: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Everything that trains.
+
+    Attributes:
+        config: what was asked for.
+        run: where and how it runs.
+        device: where the model and the batches are.
+        precision: of the forward pass.
+        train_batches: of the training set.
+        val_batches: of the validation set.
+        loss_fn: what is minimised.
+        state: what changes from epoch to epoch.
+    """
+
+    config: TrialConfig
+    run: TrialRun
+    device: torch.device
+    precision: Precision
+    train_batches: Batches
+    val_batches: Batches
+    loss_fn: nn.Module
+    state: TrainState
+
+    def check(self, epoch: int) -> Applied:
+        """Return what this epoch really trains with, read back from the objects.
+
+        Raises:
+            AppliedValueError: it is not what was asked for.
+        """
+        batch_size = self.train_batches.batch_size
+        applied = read_back(
+            self.state, self.loss_fn, batch_size, self.precision, self.run.weights_name
+        )
+        steps = len(self.train_batches)
+        require_applied(applied, self.config, self.state.model, self.device, steps, epoch)
+        log.info("process %d trains with %s", os.getpid(), applied)
+        return applied
+
+    def check_batches(self, trained: EpochMetrics) -> None:
+        """Check the batches that an epoch really saw.
+
+        Raises:
+            AppliedValueError: they are not those that were asked for.
+        """
+        examples, steps = self.train_batches.num_examples, len(self.train_batches)
+        require_batches(trained, self.config, examples, steps)
+
+
+def begin_training(config: TrialConfig, run: TrialRun) -> Training:
+    """Build what `config` asks for. What ran before in this process does not matter."""
+    torch.set_num_threads(run.num_threads)
+    device = _choose_device(run)
+    precision = Precision(device.type, _choose_dtype(config.amp, device))
+
+    # Data: the same store, views and order for every trial of the sweep.
+    preprocessing = preprocessing_of(config, run.images.native_size)
+    train_batches, val_batches = _open_batches(config, run, preprocessing, device)
+
+    # Head weights, and later dropout, are drawn from these seeds.
+    seed_everything(run.settings.seed, config.seed)
+    model = _build_model(config, run, preprocessing.crop_size, device)
+    class_counts = train_batches.class_counts(len(run.images.classes))
+    return Training(
+        config=config,
+        run=run,
+        device=device,
+        precision=precision,
+        train_batches=train_batches,
+        val_batches=val_batches,
+        loss_fn=build_loss(config.loss, class_counts, config.aux_weight).to(device),
+        state=_begin(config, model, len(train_batches), precision),
+    )
+
+
+def _choose_device(run: TrialRun) -> torch.device:
+    """Return the trial's GPU where it has one, unless the settings say otherwise."""
+    asked = run.settings.device
+    if asked == "cuda" and not run.has_gpu:
+        raise ConfigError("--device cuda: there is no GPU for this trial; use auto or cpu")
+    return torch.device("cuda" if run.has_gpu and asked != "cpu" else "cpu")
+
+
+def _choose_dtype(amp: Amp, device: torch.device) -> torch.dtype:
+    """Return what the forward pass computes in; `auto` mixes precisions on a GPU only."""
+    if amp == "auto":
+        if device.type == "cpu":
+            return torch.float32
+        # Without emulation: it exists on older GPUs, and is slow.
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bf16 else torch.float16
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
+
+
+def _open_batches(
+    config: TrialConfig, run: TrialRun, preprocessing: Preprocessing, device: torch.device
+) -> tuple[Batches, Batches]:
+    """Return the batches of the training and of the validation set."""
+    store = open_store(run.images, preprocessing)
+    train = Batches(
+        store,
+        "train",
+        view=training_view(config.augment, preprocessing),
+        preprocessing=preprocessing,
+        batch_size=config.batch_size,
+        device=device,
+        shuffle_seed=run.settings.seed,
+        mix=mixing(config.mixup_alpha, config.cutmix_alpha, len(run.images.classes)),
+        channels_last=config.channels_last,
+    )
+    val = Batches(
+        store,
+        "val",
+        view=evaluation_view(preprocessing),
+        preprocessing=preprocessing,
+        batch_size=config.batch_size,
+        device=device,
+        channels_last=config.channels_last,
+    )
+    return train, val
+
+
+def _build_model(
+    config: TrialConfig, run: TrialRun, image_size: int, device: torch.device
+) -> StagedModel:
+    model = build_staged(config, len(run.images.classes), image_size)
+    if run.weights_file is not None:
+        load_weights(model.network, config, run.weights_file)
+    freeze_as(model, config)
+    layout = torch.channels_last if config.channels_last else torch.preserve_format
+    placed: StagedModel = model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+    return placed
+
+
+def _begin(
+    config: TrialConfig, model: StagedModel, steps_per_epoch: int, precision: Precision
+) -> TrainState:
+    """Return the state before the first epoch."""
+    optimizer = build_optimizer(model, config)
+    return TrainState(
+        model=model,
+        optimizer=optimizer,
+        schedule=Schedule(optimizer, config, steps_per_epoch),
+        scaler=precision.scaler(),
+        config=config,
+        steps_per_epoch=steps_per_epoch,
+        average=None if config.ema_decay is None else WeightAverage(model, config.ema_decay),
+    )
