@@ -53,7 +53,14 @@ class Listed(nn.Module):
                 "head": self.head}
 
     def forward(self, x):
-        return {"logits": self.head(self.blocks[1](self.between(self.blocks[0](x))).mean((2, 3)))}
+        return self.head(self.blocks[1](self.between(self.blocks[0](x))).mean((2, 3)))
+
+def pooled_in_the_head(classes):
+    stem = nn.Conv2d(3, 4, 1)
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes))
+    network = nn.Sequential(stem, head)
+    network.stages = lambda: {"stem": stem, "head": head}
+    return network
 
 def only_28(classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 28 * 28, classes))
@@ -179,8 +186,19 @@ def test_the_fast_path_of_attention_is_left_as_it_was(own: str, enabled: bool) -
 def test_nothing_of_the_watching_stays_on_a_network_of_one_s_own(own: str) -> None:
     first = read_anatomy(f"{own}:Own", 16)
     assert read_anatomy(f"{own}:Own", 16) == first
-    with pytest.raises(ConfigError, match=r"an image of 32 x 32 pixels failed: .*--image-size"):
-        read_anatomy(f"{own}:only_28", 32)
+
+
+def test_what_a_network_says_of_its_stages_is_kept_though_a_layer_has_no_parameters(
+    own: str,
+) -> None:
+    stem, head = read_anatomy(f"{own}:pooled_in_the_head", 16).stages
+    assert (stem.name, stem.output, stem.flops) == ("stem", (4, 16, 16), 2 * 3 * 4 * 16 * 16)
+    assert (head.name, head.output, head.flops) == ("head", (10,), 2 * 4 * 10)
+
+
+def test_a_network_for_one_size_needs_that_size(own: str) -> None:
+    with pytest.raises(ConfigError, match=r"224 x 224 pixels: .*; --image-size sets another size"):
+        read_anatomy(f"{own}:only_28")
     (head,) = read_anatomy(f"{own}:only_28", 28).stages
     assert head.flops == 2 * 3 * 28 * 28 * 10
 

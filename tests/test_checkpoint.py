@@ -342,7 +342,7 @@ class Twin:
         (Sgd(lr=0.1), lambda groups: torch.optim.SGD(groups, momentum=0.9), 0.1),
         (
             c.AdamW(lr=0.01, weight_decay=0.1),
-            lambda groups: torch.optim.AdamW(groups, weight_decay=0.1),
+            lambda groups: torch.optim.AdamW(groups, weight_decay=0.1, fused=True),
             0.01,
         ),
         (

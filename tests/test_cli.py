@@ -96,8 +96,9 @@ def test_show_model_finds_a_network_in_the_current_folder(
     (tmp_path / "shown_network.py").write_text(
         "from torch import nn\n\n\n"
         "def build(classes):\n"
-        "    stages = {'st[e]m': nn.Conv2d(3, 4, 1), 'head': nn.Linear(32, classes)}\n"
-        "    network = nn.Sequential(*stages.values())\n"
+        "    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes)]\n"
+        "    stages = {'st[e]m': nn.Conv2d(3, 4, 1), 'head': head}\n"
+        "    network = nn.Sequential(stages['st[e]m'], *head)\n"
         "    network.stages = lambda: stages\n"
         "    return network\n"
     )
@@ -105,7 +106,7 @@ def test_show_model_finds_a_network_in_the_current_folder(
     monkeypatch.setattr(sys, "path", sys.path.copy())
     assert main(["show", "--model", "shown_network:build", "--image-size", "32"]) == 0
     text = capsys.readouterr().out
-    assert re.search(r"^ +0  st\[e\]m +4 x 32 x 32 +16 +346 ", text, re.M)
+    assert re.search(r"^ +0  st\[e\]m +4 x 32 x 32 +16 +66 ", text, re.M)
     assert "10 classes" in text
 
 

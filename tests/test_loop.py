@@ -13,11 +13,13 @@ from torch.optim.lr_scheduler import ConstantLR, LRScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tuneapp.loop as loop
-from tuneapp.config import AdamW, CrossEntropy, Optimizer, Sgd, TrialConfig
+from tuneapp.average import WeightAverage
+from tuneapp.config import AdamW, CrossEntropy, Loss, Optimizer, RmsProp, Sgd, TrialConfig
 from tuneapp.errors import DataError, Diverged
+from tuneapp.families import RESNET
 from tuneapp.loop import EpochMetrics, Precision, evaluate, train_one_epoch
 from tuneapp.losses import build_loss
-from tuneapp.models import RESNET, StagedModel
+from tuneapp.models import StagedModel, WithAux
 from tuneapp.optim import build_optimizer
 
 PLAIN = Precision("cpu", torch.float32)
@@ -49,14 +51,15 @@ def train(
     schedule: LRScheduler | None = None,
     scaler: GradScaler | None = None,
     precision: Precision = PLAIN,
-    loss: CrossEntropy | None = None,
+    loss: Loss | None = None,
+    aux_weight: float = 0.0,
     **options: Any,
 ) -> EpochMetrics:
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=lr)
     return train_one_epoch(
         model,
         batches,
-        build_loss(loss or CrossEntropy()),
+        build_loss(loss or CrossEntropy(), [1, 1, 1], aux_weight),
         optimizer,
         schedule or ConstantLR(optimizer, factor=1.0, total_iters=0),
         scaler or PLAIN.scaler(),
@@ -152,6 +155,114 @@ def test_the_parts_of_a_batch_are_computed_one_after_the_other() -> None:
     assert seen == [2, 2, 2, 2, 3, 2, 2]  # none of a single example, which BatchNorm cannot take
 
 
+# --- Mixed labels, auxiliary classifiers, averages ------------------------------------------------
+
+
+def shares_of(*sizes: int, classes: int = 3) -> list[Batch]:
+    """Batches whose labels are shares of all classes, as mixing makes them."""
+    draw = torch.Generator().manual_seed(5)
+    return [
+        (images, torch.rand(len(images), classes, generator=draw).softmax(dim=1))
+        for images, _ in batches_of(*sizes)
+    ]
+
+
+def cost_of_shares(model: nn.Module, images: Tensor, shares: Tensor) -> Tensor:
+    """Cross-entropy by its definition: the mean of minus sum of share times log probability."""
+    probabilities = torch.softmax(model(images).double(), dim=1)
+    return -(shares.double() * probabilities.log()).sum() / len(images)
+
+
+@pytest.mark.parametrize("size", [8, 7])
+@pytest.mark.parametrize("parts", [1, 2, 3, 4])
+def test_shares_of_classes_are_trained_on_in_parts_as_in_the_whole(size: int, parts: int) -> None:
+    model = linear()
+    before = copy.deepcopy(model)
+    batches = shares_of(size)
+    cost = cost_of_shares(before, *batches[0])
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(cost, before.parameters())])
+    metrics = train(model, batches, lr=1.0, accumulation_steps=parts)
+    assert torch.allclose(moved_by(before, model), gradient, atol=1e-6)
+    assert gradient.norm() > 0.1
+    assert metrics.loss == pytest.approx(float(cost.detach()), rel=1e-6)
+    assert (metrics.steps, metrics.largest_batch) == (1, size)
+
+
+def test_the_loss_on_shares_averages_over_examples_and_not_over_batches() -> None:
+    batches = shares_of(6, 2)
+    model = linear()
+    costs = [float(cost_of_shares(model, *batch).detach()) for batch in batches]
+    metrics = train(model, batches, lr=0.0)
+    assert metrics.loss == pytest.approx((6 * costs[0] + 2 * costs[1]) / 8, rel=1e-6)
+
+
+class ThreeHeads(nn.Module):
+    """Three linear classifiers, two of them auxiliary, which answer in training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.aux1, self.aux2 = linear(), linear(), linear()
+        with torch.no_grad():
+            self.aux1.weight *= -1
+            self.aux2.weight *= 2
+
+    def forward(self, x: Tensor) -> Tensor | WithAux:
+        logits = self.head(x)
+        return WithAux(logits, (self.aux1(x), self.aux2(x))) if self.training else logits
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_auxiliary_classifiers_add_their_weighted_losses_to_training_and_not_to_evaluation(
+    mixed: bool, parts: int
+) -> None:
+    model = ThreeHeads()
+    before = copy.deepcopy(model)
+    (batch,) = shares_of(6) if mixed else batches_of(6)
+    heads = (before.head, before.aux1, before.aux2)
+    costs = [F.cross_entropy(head(batch[0]), batch[1]) for head in heads]
+    total = costs[0] + 0.3 * (costs[1] + costs[2])
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(total, before.parameters())])
+    metrics = train(model, [batch], lr=1.0, aux_weight=0.3, accumulation_steps=parts)
+    assert metrics.loss == pytest.approx(float(total.detach()), rel=1e-6)
+    assert torch.allclose(moved_by(before, model), gradient, atol=1e-6)
+    labels = batches_of(6)[0][1]
+    wanted = float(F.cross_entropy(before.head(batch[0]), labels).detach())
+    assert evaluate(before, [(batch[0], labels)], PLAIN).loss == pytest.approx(wanted, rel=1e-6)
+
+
+def test_the_average_takes_in_the_weights_after_each_step() -> None:
+    model = small_model(depth=2)
+    average = WeightAverage(model, 0.15)
+    twin = copy.deepcopy(model)
+    batches = pictures(5, 5, 3)
+    train(model, batches, lr=0.3, average=average)
+    steps = []
+    for batch in batches:
+        train(twin, [batch], lr=0.3)
+        steps.append([p.detach().double().clone() for p in twin.parameters()])
+    # The first step as it is, then by a decay of min(0.15, (1 + n) / (10 + n)).
+    wanted = steps[0]
+    for step in steps[1:]:
+        wanted = [0.15 * w + 0.85 * s for w, s in zip(wanted, step, strict=True)]
+    for got, by_hand in zip(average.model.parameters(), wanted, strict=True):
+        assert torch.allclose(got.double(), by_hand, atol=1e-6)
+    assert torch.equal(model.network.fc.weight, twin.network.fc.weight)
+    assert not torch.equal(average.model.network.fc.weight, model.network.fc.weight)
+
+
+def test_following_the_weights_changes_nothing_of_the_training() -> None:
+    alone, followed = small_model(depth=2), small_model(depth=2)
+    average = WeightAverage(followed, 0.9)
+    metrics = train(alone, pictures(5, 3))
+    assert train(followed, pictures(5, 3), average=average).loss == metrics.loss
+    for name, tensor in alone.state_dict().items():
+        assert torch.equal(followed.state_dict()[name], tensor), name
+
+
+# --- Means over examples --------------------------------------------------------------------------
+
+
 def logits(*rows: tuple[float, ...]) -> Tensor:
     return torch.tensor(rows)
 
@@ -224,15 +335,50 @@ def test_clipping_bounds_the_norm_after_the_scale_is_taken_out(
     assert metrics.grad_norm == pytest.approx(norm, rel=1e-5)
 
 
-def test_the_gradient_norm_is_the_mean_over_steps_before_clipping() -> None:
+@pytest.mark.parametrize("scale", [None, 2.0**10])
+@pytest.mark.parametrize("share", [0.25, 4.0])
+def test_clipping_by_value_cuts_each_number_after_the_scale_is_taken_out(
+    share: float, scale: float | None
+) -> None:
+    model = linear()
+    before = copy.deepcopy(model)
+    (batch,) = batches_of(6)
+    gradient = gradient_of(model, batch)
+    limit = share * float(gradient.abs().max())
+    by_hand = torch.tensor([min(max(g, -limit), limit) for g in gradient.tolist()])
+    assert torch.equal(by_hand, gradient) == (share > 1)
+    scaler = GradScaler("cpu", enabled=scale is not None, init_scale=scale or 1.0)
+    metrics = train(model, [batch], lr=1.0, scaler=scaler, clip_value=limit)
+    assert torch.allclose(moved_by(before, model), by_hand, atol=1e-5)
+    assert metrics.grad_norm == pytest.approx(float(gradient.norm()), rel=1e-5)
+
+
+def test_clipping_by_value_is_of_the_gradients_of_the_whole_batch() -> None:
+    # Two halves that pull in opposite directions: each alone would be cut, their sum is not.
+    images = torch.tensor([[10.0, 0.0], [10.0, 0.0], [-9.0, 0.0], [-9.0, 0.0]])
+    batch = (images, torch.zeros(4, dtype=torch.int64))
+    model = nn.Linear(2, 2, bias=False)
+    nn.init.zeros_(model.weight)
+    before = copy.deepcopy(model)
+    gradient = gradient_of(model, batch)
+    assert 0 < float(gradient.abs().max()) < 0.5
+    train(model, [batch], lr=1.0, clip_value=0.5, accumulation_steps=2)
+    assert torch.allclose(moved_by(before, model), gradient, atol=1e-6)
+
+
+@pytest.mark.parametrize("clip", [{"clip_norm": 1e-3}, {"clip_value": 1e-3}])
+def test_the_gradient_norm_is_the_mean_over_steps_before_clipping(clip: dict[str, float]) -> None:
     model = linear()
     batches = batches_of(6, 6, 2)
     norms = [float(gradient_of(model, batch).norm()) for batch in batches]
-    metrics = train(model, batches, lr=0.0, clip_norm=1e-3)
+    metrics = train(model, batches, lr=0.0, **clip)
     assert metrics.grad_norm == pytest.approx(sum(norms) / 3, rel=1e-5)
 
 
-def test_a_step_does_things_in_the_only_correct_order(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("clip", ["norm", "value"])
+def test_a_step_does_things_in_the_only_correct_order(
+    clip: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[str] = []
 
     def spy(owner: object, name: str, told: str) -> None:
@@ -248,6 +394,7 @@ def test_a_step_does_things_in_the_only_correct_order(monkeypatch: pytest.Monkey
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     schedule = ConstantLR(optimizer, factor=1.0, total_iters=0)
     scaler = GradScaler("cpu", init_scale=2.0**10)
+    average = WeightAverage(model, 0.9)
     model.register_forward_hook(lambda *_: calls.append("forward"))
     spy(optimizer, "zero_grad", "zero_grad")
     for name in ("scale", "unscale_", "step", "update"):
@@ -255,18 +402,22 @@ def test_a_step_does_things_in_the_only_correct_order(monkeypatch: pytest.Monkey
     spy(Tensor, "backward", "backward")
     spy(loop, "get_total_norm", "norm")
     spy(loop, "clip_grads_with_norm_", "clip")
+    spy(loop, "clip_grad_value_", "clip")
     spy(schedule, "step", "schedule.step")
-    options = {"optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-    train(model, batches_of(4, 4), **options, clip_norm=1.0, accumulation_steps=2)
+    spy(average, "update", "average.update")
+    options = {"optimizer": optimizer, "schedule": schedule, "scaler": scaler, "average": average}
+    limit = {f"clip_{clip}": 1.0}
+    train(model, batches_of(4, 4), **options, **limit, accumulation_steps=2)
     part = ["forward", "scaler.scale", "backward"]
-    last = ["scaler.unscale_", "norm", "clip", "scaler.step", "scaler.update", "schedule.step"]
-    assert calls == ["zero_grad", *part, *part, *last] * 2
+    last = ["scaler.unscale_", "norm", "clip", "scaler.step", "scaler.update"]
+    told = ["schedule.step", "average.update"]
+    assert calls == ["zero_grad", *part, *part, *last, *told] * 2
 
 
-@pytest.mark.parametrize("clip_norm", [None, 1.0])
-@pytest.mark.parametrize("chosen", [Sgd(lr=0.1), AdamW(lr=0.1)])
+@pytest.mark.parametrize("clip", [{}, {"clip_norm": 1.0}, {"clip_value": 1.0}])
+@pytest.mark.parametrize("chosen", [Sgd(lr=0.1), AdamW(lr=0.1), RmsProp(lr=0.1)])
 def test_a_step_whose_scaled_gradients_overflow_is_skipped(
-    chosen: Optimizer, clip_norm: float | None
+    chosen: Optimizer, clip: dict[str, float]
 ) -> None:
     model = small_model(depth=5)
     config = TrialConfig(model="resnet18", optimizer=chosen, freeze_depth=5)
@@ -276,7 +427,7 @@ def test_a_step_whose_scaled_gradients_overflow_is_skipped(
     scaler = GradScaler("cpu", init_scale=2.0**127, growth_interval=1000)
     batches = pictures(8)
     images, labels = batches[0]
-    options = {"optimizer": optimizer, "scaler": scaler, "clip_norm": clip_norm}
+    options = {"optimizer": optimizer, "scaler": scaler, **clip}
     skipped = train(model, [(images * 1e3, labels)], **options)
     assert float(moved_by(before, model).abs().max()) == 0
     assert scaler.get_scale() == 2.0**126
@@ -362,7 +513,7 @@ def test_training_sets_the_training_mode_and_keeps_frozen_stages_out_of_it() -> 
     )
     modes = []
     for stage in model.stages:
-        stage.module.register_forward_hook(lambda m, *_: modes.append(m[0].training))
+        stage.module[0].register_forward_hook(lambda m, *_: modes.append(m.training))
     train(model, pictures(4), optimizer=sgd_of(model))
     assert seen == [[False] * 3 + [True] * 3]
     assert modes == [False] * 3 + [True] * 3
@@ -434,10 +585,12 @@ class Readings(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("clip_norm", [None, 0.1])
-@pytest.mark.parametrize("chosen", [Sgd(lr=0.01, nesterov=True), AdamW(lr=0.01)])
+@pytest.mark.parametrize("clip", [{}, {"clip_norm": 0.1}, {"clip_value": 0.1}])
+@pytest.mark.parametrize(
+    "chosen", [Sgd(lr=0.01, nesterov=True), AdamW(lr=0.01), RmsProp(lr=0.01, momentum=0.9)]
+)
 def test_no_step_waits_for_the_device_between_two_readings(
-    chosen: Optimizer, clip_norm: float | None, monkeypatch: pytest.MonkeyPatch
+    chosen: Optimizer, clip: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     readings = Readings()
 
@@ -463,9 +616,7 @@ def test_no_step_waits_for_the_device_between_two_readings(
     optimizer = build_optimizer(model, config)
     batches = pictures(*[4] * 120)
     with readings:
-        metrics = train(
-            model, counted(batches), optimizer=optimizer, clip_norm=clip_norm, accumulation_steps=2
-        )
+        metrics = train(model, counted(batches), optimizer=optimizer, **clip, accumulation_steps=2)
     assert metrics.steps == 120
     assert set(readings.steps) == {50, 100, 120}
 

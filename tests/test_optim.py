@@ -1,47 +1,44 @@
-import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from tuneapp.config import (
-    Adam,
-    AdamW,
-    Constant,
-    Cosine,
-    OneCycle,
-    Optimizer,
-    Schedule,
-    Sgd,
-    Step,
-    TrialConfig,
-)
-from tuneapp.errors import ConfigError
-from tuneapp.models import RESNET, StagedModel, build_network
-from tuneapp.optim import build_optimizer, build_schedule, warmup_steps
+from tuneapp.config import Adam, AdamW, Optimizer, RmsProp, Sgd, TrialConfig
+from tuneapp.families import RESNET
+from tuneapp.models import StagedModel, build_network, freeze_as
+from tuneapp.optim import build_optimizer, rebuild_optimizer
 
 NAMES = ("stem", "layer1", "layer2", "layer3", "layer4", "head")
 
 
 def small_model(depth: int = 0) -> StagedModel:
-    """A network with the six stages of a ResNet and a handful of numbers."""
+    """A network with the six stages of a ResNet and a handful of numbers; layer2 has no bias."""
     torch.manual_seed(0)
     net = nn.Module()
     net.conv1, net.bn1 = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
     net.relu, net.maxpool = nn.ReLU(), nn.Identity()
     for i in range(1, 5):
-        setattr(net, f"layer{i}", nn.Conv2d(4, 4, 1))
+        setattr(net, f"layer{i}", nn.Conv2d(4, 4, 1, bias=i != 2))
     net.avgpool, net.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(4, 3)
     model = StagedModel(net, RESNET)
     model.freeze(depth)
     return model
 
 
-def config_of(**values: object) -> TrialConfig:
+def config_of(**values: Any) -> TrialConfig:
     return TrialConfig(**{"model": "resnet18", "optimizer": Sgd(lr=1.0), **values})
+
+
+def names_in(model: StagedModel, optimizer: torch.optim.Optimizer) -> dict[str, list[str]]:
+    """Return the names of the parameters of each group, by the group's own name."""
+    names = {id(p): name for name, p in model.network.named_parameters()}
+    return {
+        group["name"]: [names[id(p)] for p in group["params"]] for group in optimizer.param_groups
+    }
 
 
 # --- Groups ---------------------------------------------------------------------------------------
@@ -51,14 +48,159 @@ def config_of(**values: object) -> TrialConfig:
 def test_each_trained_stage_is_a_group_of_its_own_with_its_name_and_rate(depth: int) -> None:
     model = small_model(depth)
     config = config_of(freeze_depth=depth, lr_ratio=0.5, optimizer=AdamW(lr=0.32))
-    groups = build_optimizer(model, config).param_groups
+    optimizer = build_optimizer(model, config)
+    groups = optimizer.param_groups
     assert [group["name"] for group in groups] == list(NAMES[depth:])
+    assert [group["stage"] for group in groups] == list(NAMES[depth:])
     rates = [0.01, 0.02, 0.04, 0.08, 0.16, 0.32][depth:]
     assert [group["lr"] for group in groups] == pytest.approx(rates, rel=1e-12)
-    for group, name in zip(groups, NAMES[depth:], strict=True):
-        modules = ["conv1", "bn1"] if name == "stem" else ["fc"] if name == "head" else [name]
-        own = [p for m in modules for p in getattr(model.network, m).parameters()]
-        assert [id(p) for p in group["params"]] == [id(p) for p in own]
+    held = {
+        "stem": ["conv1.weight", "conv1.bias", "bn1.weight", "bn1.bias"],
+        "layer1": ["layer1.weight", "layer1.bias"],
+        "layer2": ["layer2.weight"],
+        "layer3": ["layer3.weight", "layer3.bias"],
+        "layer4": ["layer4.weight", "layer4.bias"],
+        "head": ["fc.weight", "fc.bias"],
+    }
+    assert names_in(model, optimizer) == {name: held[name] for name in NAMES[depth:]}
+
+
+def test_the_head_alone_learns_at_its_factor() -> None:
+    config = config_of(lr_ratio=0.5, head_lr_factor=10, optimizer=Sgd(lr=0.32), freeze_depth=2)
+    groups = build_optimizer(small_model(2), config).param_groups
+    rates = {group["stage"]: group["lr"] for group in groups}
+    assert rates == pytest.approx({"layer2": 0.04, "layer3": 0.08, "layer4": 0.16, "head": 3.2})
+
+
+def test_a_mapping_gives_each_stage_its_own_factor() -> None:
+    factors = {"layer3": 3.0, "layer4": 0.5, "head": 2.0}
+    config = config_of(lr_ratio=factors, optimizer=Sgd(lr=0.1), freeze_depth=3)
+    groups = build_optimizer(small_model(3), config).param_groups
+    rates = {group["stage"]: group["lr"] for group in groups}
+    assert rates == pytest.approx({"layer3": 0.3, "layer4": 0.05, "head": 0.2})
+
+
+@pytest.mark.parametrize(
+    ("patterns", "held"),
+    [
+        (
+            ["*.bias", "layer[13].*", "conv1.*"],
+            {
+                "stem": ["bn1.weight"],
+                "layer2": ["layer2.weight"],
+                "layer4": ["layer4.weight"],
+                "head": ["fc.weight"],
+            },
+        ),
+        (["layer?.*", "bn1.*", "conv1.*"], {"head": ["fc.weight", "fc.bias"]}),
+        # The head too may be frozen, as long as something is trained.
+        (
+            ["fc.*", "layer*", "bn1.weight"],
+            {"stem": ["conv1.weight", "conv1.bias", "bn1.bias"]},
+        ),
+    ],
+)
+def test_what_patterns_freeze_is_in_no_group(
+    patterns: list[str], held: dict[str, list[str]]
+) -> None:
+    model, config = small_model(), config_of(freeze=patterns, lr_ratio=0.5)
+    freeze_as(model, config)
+    optimizer = build_optimizer(model, config)
+    assert names_in(model, optimizer) == held
+    # A stage learns at its own rate, whatever is frozen around it.
+    rates = dict(zip(NAMES, (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1), strict=True))
+    assert {g["stage"]: g["lr"] for g in optimizer.param_groups} == {n: rates[n] for n in held}
+
+
+def numbers(model: StagedModel) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.network.named_parameters()}
+
+
+def test_a_step_leaves_what_is_frozen_as_it_was() -> None:
+    for values in ({"freeze_depth": 4}, {"freeze": ["layer[123].*", "conv1.weight", "bn1.*"]}):
+        config = config_of(optimizer=Sgd(lr=0.1, weight_decay=0.5), **values)
+        model = small_model()
+        freeze_as(model, config)
+        optimizer, before = build_optimizer(model, config), numbers(model)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        changed = {name for name, now in numbers(model).items() if (now != before[name]).any()}
+        trained = {"layer4.weight", "layer4.bias", "fc.weight", "fc.bias"}
+        assert changed == trained | ({"conv1.bias"} if "freeze" in values else set())
+
+
+# --- Without decay of norms and biases ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Sgd, Adam, AdamW, RmsProp])
+def test_norms_and_biases_stand_in_a_second_group_of_their_stage(
+    kind: Callable[..., Optimizer],
+) -> None:
+    model = small_model()
+    config = config_of(
+        optimizer=kind(lr=0.32, weight_decay=0.1), decay_norms_and_biases=False, lr_ratio=0.5
+    )
+    optimizer = build_optimizer(model, config)
+    assert names_in(model, optimizer) == {
+        "stem": ["conv1.weight"],
+        "stem (norms, biases)": ["conv1.bias", "bn1.weight", "bn1.bias"],
+        "layer1": ["layer1.weight"],
+        "layer1 (norms, biases)": ["layer1.bias"],
+        "layer2": ["layer2.weight"],
+        "layer3": ["layer3.weight"],
+        "layer3 (norms, biases)": ["layer3.bias"],
+        "layer4": ["layer4.weight"],
+        "layer4 (norms, biases)": ["layer4.bias"],
+        "head": ["fc.weight"],
+        "head (norms, biases)": ["fc.bias"],
+    }
+    rates = dict(zip(NAMES, (0.01, 0.02, 0.04, 0.08, 0.16, 0.32), strict=True))
+    for group in optimizer.param_groups:
+        stage, _, second = group["name"].partition(" ")
+        assert group["stage"] == stage
+        assert group["lr"] == pytest.approx(rates[stage], rel=1e-12)
+        assert group["weight_decay"] == (0.0 if second else 0.1)
+
+
+def test_a_stage_of_which_only_norms_and_biases_are_trained_has_the_second_group_alone() -> None:
+    model = small_model()
+    config = config_of(
+        freeze=["layer*", "*.weight"],
+        decay_norms_and_biases=False,
+        optimizer=Sgd(lr=1.0, weight_decay=0.1),
+    )
+    freeze_as(model, config)
+    assert names_in(model, build_optimizer(model, config)) == {
+        "stem (norms, biases)": ["conv1.bias", "bn1.bias"],
+        "head (norms, biases)": ["fc.bias"],
+    }
+
+
+@pytest.mark.parametrize("decays_all", [True, False])
+@pytest.mark.parametrize(
+    "chosen", [Sgd(lr=0.2, momentum=0.9, weight_decay=0.3), AdamW(lr=0.2, weight_decay=0.3)]
+)
+def test_without_gradients_a_step_shrinks_what_is_decayed_and_nothing_else(
+    chosen: Optimizer, decays_all: bool
+) -> None:
+    config = config_of(optimizer=chosen, decay_norms_and_biases=decays_all, lr_ratio=0.5)
+    model = small_model()
+    optimizer, before = build_optimizer(model, config), numbers(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    # Two stages of the six: x - lr * decay * x.
+    for name, rate in (("fc", 0.2), ("layer4", 0.1)):
+        after = numbers(model)[f"{name}.weight"]
+        torch.testing.assert_close(after, before[f"{name}.weight"] * (1 - rate * 0.3))
+    for name in ("conv1.bias", "bn1.weight", "bn1.bias", "layer3.bias", "fc.bias"):
+        rate = {"fc": 0.2, "layer3": 0.05}.get(name.partition(".")[0], 0.2 / 32)
+        shrunk = before[name] * (1 - rate * 0.3)
+        torch.testing.assert_close(numbers(model)[name], shrunk if decays_all else before[name])
+
+
+# --- Steps by hand --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -84,6 +226,22 @@ def test_each_trained_stage_is_a_group_of_its_own_with_its_name_and_rate(depth: 
             torch.optim.AdamW,
             {"betas": (0.7, 0.9), "weight_decay": 0.01, "decoupled_weight_decay": True},
         ),
+        (
+            RmsProp(lr=0.1),
+            torch.optim.RMSprop,
+            {"alpha": 0.99, "eps": 1e-8, "momentum": 0, "centered": False, "weight_decay": 0},
+        ),
+        (
+            RmsProp(lr=0.1, alpha=0.9, eps=0.0316, momentum=0.8, centered=True, weight_decay=1e-5),
+            torch.optim.RMSprop,
+            {
+                "alpha": 0.9,
+                "eps": 0.0316,
+                "momentum": 0.8,
+                "centered": True,
+                "weight_decay": 1e-5,
+            },
+        ),
     ],
 )
 def test_the_optimizer_has_the_hyper_parameters_of_its_configuration(
@@ -95,241 +253,139 @@ def test_the_optimizer_has_the_hyper_parameters_of_its_configuration(
         assert {name: group[name] for name in wanted} == wanted
 
 
-def sgd_by_hand(
-    x: float, g: float, steps: int, *, lr: float, momentum: float, decay: float, nesterov: bool
-) -> float:
+def sgd_by_hand(c: Sgd, x: float, gradients: Sequence[float]) -> float:
     velocity = 0.0
-    for _ in range(steps):
-        d = g + decay * x
-        velocity = momentum * velocity + d
-        x -= lr * (d + momentum * velocity if nesterov else velocity)
+    for g in gradients:
+        d = g + c.weight_decay * x
+        velocity = c.momentum * velocity + d
+        x -= c.lr * (d + c.momentum * velocity if c.nesterov else velocity)
     return x
 
 
-def adam_by_hand(
-    x: float, g: float, steps: int, *, lr: float, b1: float, b2: float, decay: float, coupled: bool
-) -> float:
+def adam_by_hand(c: Adam, x: float, gradients: Sequence[float]) -> float:
     m = v = 0.0
-    for t in range(1, steps + 1):
-        d = g + decay * x if coupled else g
-        x -= 0.0 if coupled else lr * decay * x
-        m, v = b1 * m + (1 - b1) * d, b2 * v + (1 - b2) * d * d
-        x -= lr * (m / (1 - b1**t)) / (math.sqrt(v / (1 - b2**t)) + 1e-8)
+    for t, g in enumerate(gradients, start=1):
+        d = g
+        if isinstance(c, AdamW):
+            x -= c.lr * c.weight_decay * x
+        else:
+            d += c.weight_decay * x
+        m, v = c.beta1 * m + (1 - c.beta1) * d, c.beta2 * v + (1 - c.beta2) * d * d
+        x -= c.lr * (m / (1 - c.beta1**t)) / (math.sqrt(v / (1 - c.beta2**t)) + 1e-8)
     return x
 
 
-@pytest.mark.parametrize(
-    ("chosen", "by_hand"),
-    [
-        (
-            Sgd(lr=0.1, momentum=0.8, weight_decay=0.03, nesterov=nesterov),
-            lambda x, g, nesterov=nesterov: sgd_by_hand(
-                x, g, 4, lr=0.1, momentum=0.8, decay=0.03, nesterov=nesterov
-            ),
-        )
-        for nesterov in (False, True)
-    ]
-    + [
-        (
-            kind(lr=0.1, beta1=0.8, beta2=0.95, weight_decay=0.3),
-            lambda x, g, kind=kind: adam_by_hand(
-                x, g, 4, lr=0.1, b1=0.8, b2=0.95, decay=0.3, coupled=kind is Adam
-            ),
-        )
-        for kind in (Adam, AdamW)
-    ],
-)
-def test_four_steps_of_each_optimizer_are_those_of_its_paper(
-    chosen: Optimizer, by_hand: Callable[[float, float], float]
-) -> None:
+def rmsprop_by_hand(c: RmsProp, x: float, gradients: Sequence[float]) -> float:
+    square = mean = velocity = 0.0
+    for g in gradients:
+        d = g + c.weight_decay * x
+        square = c.alpha * square + (1 - c.alpha) * d * d
+        mean = c.alpha * mean + (1 - c.alpha) * d
+        variance = square - mean * mean if c.centered else square
+        velocity = c.momentum * velocity + d / (math.sqrt(variance) + c.eps)
+        x -= c.lr * velocity
+    return x
+
+
+BY_HAND: dict[type, Callable[..., float]] = {
+    Sgd: sgd_by_hand,
+    Adam: adam_by_hand,
+    AdamW: adam_by_hand,
+    RmsProp: rmsprop_by_hand,
+}
+
+
+def three_by_hand(chosen: Optimizer, gradients: Sequence[Sequence[float]]) -> list[float]:
+    """Return what becomes of the three numbers of START."""
+    columns = zip(*gradients, strict=True)
+    return [BY_HAND[type(chosen)](chosen, x, g) for x, g in zip(START, columns, strict=True)]
+
+
+CHOSEN = [
+    Sgd(lr=0.1, momentum=0.8, weight_decay=0.03),
+    Sgd(lr=0.1, momentum=0.8, weight_decay=0.03, nesterov=True),
+    Sgd(lr=0.1, momentum=0.0),
+    Adam(lr=0.1, beta1=0.8, beta2=0.95, weight_decay=0.3),
+    AdamW(lr=0.1, beta1=0.8, beta2=0.95, weight_decay=0.3),
+    RmsProp(lr=0.1),
+    RmsProp(lr=0.1, alpha=0.8, eps=0.03, weight_decay=0.3),
+    RmsProp(lr=0.1, alpha=0.9, momentum=0.7),
+    RmsProp(lr=0.1, alpha=0.9, eps=0.1, momentum=0.7, centered=True, weight_decay=0.1),
+    RmsProp(lr=0.01, alpha=0.9, eps=0.1, centered=True),
+]
+# One for each number of the head's bias, and each step.
+GRADIENTS = [[0.3, -0.7, 0.1], [-0.2, -0.7, 0.5], [0.3, 0.4, 0.1], [0.9, -0.1, -0.2], [0.0, 1, 2]]
+START = [0.5, -1.0, 2.0]
+
+
+@pytest.mark.parametrize("chosen", CHOSEN, ids=repr)
+def test_five_steps_of_each_optimizer_are_those_of_its_paper(chosen: Optimizer) -> None:
     model = small_model(depth=5)
     optimizer = build_optimizer(model, config_of(freeze_depth=5, optimizer=chosen))
     bias = model.network.fc.bias
     with torch.no_grad():
-        bias.copy_(torch.tensor([0.5, -1.0, 2.0]))
-    gradient = [0.3, -0.7, 0.1]
-    for _ in range(4):
+        bias.copy_(torch.tensor(START))
+    for gradient in GRADIENTS:
         bias.grad = torch.tensor(gradient)
-        model.network.fc.weight.grad = torch.zeros_like(model.network.fc.weight)
         optimizer.step()
-    wanted = [by_hand(x, g) for x, g in zip([0.5, -1.0, 2.0], gradient, strict=True)]
-    assert bias.tolist() == pytest.approx(wanted, rel=1e-5)
+    assert bias.tolist() == pytest.approx(three_by_hand(chosen, GRADIENTS), rel=1e-5)
 
 
-# --- Schedules as sequences of numbers ------------------------------------------------------------
+# --- Rebuilt for what is unfrozen -----------------------------------------------------------------
 
 
-def rates(config: TrialConfig, steps_per_epoch: int) -> list[list[float]]:
-    """The learning rate of every group at each optimizer step."""
-    optimizer = build_optimizer(small_model(config.freeze_depth), config)
-    schedule = build_schedule(optimizer, config, steps_per_epoch)
-    seen = []
-    for _ in range(config.epochs * steps_per_epoch):
-        seen.append([group["lr"] for group in optimizer.param_groups])
+@pytest.mark.parametrize("decays_all", [True, False])
+@pytest.mark.parametrize("chosen", CHOSEN, ids=repr)
+def test_rebuilt_it_goes_on_with_what_was_trained_and_begins_with_the_rest(
+    chosen: Optimizer, decays_all: bool
+) -> None:
+    config = config_of(
+        freeze_depth=5,
+        unfreeze_at={2: 4},
+        optimizer=chosen,
+        decay_norms_and_biases=decays_all,
+        epochs=2,
+    )
+    model = small_model()
+    # Of four and three numbers; both begin with the same three.
+    young, old = model.network.layer4.bias, model.network.fc.bias
+    with torch.no_grad():
+        old.copy_(torch.tensor(START))
+        young.copy_(torch.tensor([*START, 0.0]))
+    freeze_as(model, config, epoch=1)
+    optimizer = build_optimizer(model, config)
+    for number, gradient in enumerate(GRADIENTS):
+        if number == 3:
+            assert freeze_as(model, config, epoch=2)
+            first, optimizer = optimizer, rebuild_optimizer(optimizer, model, config)
+            assert type(optimizer) is type(first)
+            stages = {group["stage"] for group in optimizer.param_groups}
+            assert stages == {"layer4", "head"}
+            assert young not in optimizer.state
+        old.grad = torch.tensor(gradient)
+        young.grad = torch.tensor([*gradient, 0.0])
         optimizer.step()
-        schedule.step()
-    return seen
+    if not decays_all:
+        chosen = replace(chosen, weight_decay=0.0)
+    for parameter, since in ((old, 0), (young, 3)):
+        wanted = three_by_hand(chosen, GRADIENTS[since:])
+        assert parameter.tolist()[:3] == pytest.approx(wanted, rel=1e-5)
 
 
-def rise(lr: float, steps: int) -> list[float]:
-    """A linear warm-up from a hundredth of `lr`, which is reached after the last of `steps`."""
-    return [lr * (0.01 + 0.99 * t / steps) for t in range(steps)]
-
-
-ROOT_HALF = math.sqrt(0.5)
-
-# Every number by hand, for lr 1: what each kind makes of a few steps.
-BY_HAND: list[tuple[Schedule, int, int, list[float]]] = [
-    (Constant(), 2, 3, [1.0] * 6),
-    (Constant(warmup_fraction=0.5), 2, 2, [0.01, 0.505, 1.0, 1.0]),
-    (Step(every_epochs=1), 3, 2, [1.0, 1.0, 0.1, 0.1, 0.01, 0.01]),
-    (Step(every_epochs=2, gamma=0.5), 5, 1, [1.0, 1.0, 0.5, 0.5, 0.25]),
-    # The steps of the warm-up come before the first epoch of the staircase.
-    (
-        Step(every_epochs=1, gamma=0.5, warmup_fraction=0.25),
-        4,
-        2,
-        [0.01, 0.505, 1.0, 1.0, 0.5, 0.5, 0.25, 0.25],
-    ),
-    (Cosine(), 2, 2, [1.0, (1 + ROOT_HALF) / 2, 0.5, (1 - ROOT_HALF) / 2]),
-    (
-        Cosine(warmup_fraction=1 / 3),
-        3,
-        2,
-        [0.01, 0.505, 1.0, (1 + ROOT_HALF) / 2, 0.5, (1 - ROOT_HALF) / 2],
-    ),
-    # 3 steps up from 1 / 4 and 3 down to 1 / 4 / 10, half a cosine each.
-    (
-        OneCycle(pct_start=0.5, div_factor=4, final_div_factor=10),
-        3,
-        2,
-        [0.25, 0.625, 1.0, 0.025 + 0.975 * 0.75, 0.025 + 0.975 * 0.25, 0.025],
-    ),
-]
-
-
-@pytest.mark.parametrize(("schedule", "epochs", "steps_per_epoch", "wanted"), BY_HAND)
-def test_schedules_are_these_numbers(
-    schedule: Schedule, epochs: int, steps_per_epoch: int, wanted: list[float]
-) -> None:
-    config = config_of(schedule=schedule, epochs=epochs, freeze_depth=5)
-    assert [lr for (lr,) in rates(config, steps_per_epoch)] == pytest.approx(wanted, abs=1e-9)
-
-
-def formula(schedule: Schedule, lr: float, epochs: int, steps_per_epoch: int) -> list[float]:
-    """What the documentation of each kind says, in closed form."""
-    total = epochs * steps_per_epoch
-    if isinstance(schedule, OneCycle):
-        top = schedule.pct_start * total - 1
-        start = lr / schedule.div_factor
-        end = start / schedule.final_div_factor
-        numbers = []
-        for t in range(total):
-            low, share = (
-                (start, t / top) if t <= top else (end, (total - 1 - t) / (total - 1 - top))
-            )
-            numbers.append(low + (lr - low) * (1 - math.cos(math.pi * share)) / 2)
-        return numbers
-    warmup = {0.0: 0, 0.1: math.ceil(total / 10), 0.3: math.ceil(3 * total / 10)}[
-        schedule.warmup_fraction
-    ]
-    rest = total - warmup
-    if isinstance(schedule, Constant):
-        main = [lr] * rest
-    elif isinstance(schedule, Step):
-        length = schedule.every_epochs * steps_per_epoch
-        main = [lr * schedule.gamma ** (u // length) for u in range(rest)]
-    else:
-        main = [lr * (1 + math.cos(math.pi * u / rest)) / 2 for u in range(rest)]
-    return rise(lr, warmup) + main
-
-
-SHAPES = [(3, 4), (2, 5), (1, 7), (6, 1), (10, 13)]
-KINDS: list[Schedule] = [
-    Constant(),
-    Constant(warmup_fraction=0.3),
-    Step(every_epochs=2, gamma=0.3),
-    Step(every_epochs=1, gamma=0.5, warmup_fraction=0.1),
-    Cosine(),
-    Cosine(warmup_fraction=0.1),
-    Cosine(warmup_fraction=0.3),
-    OneCycle(),
-    OneCycle(pct_start=0.4, div_factor=5, final_div_factor=100),
-]
-
-
-@pytest.mark.parametrize(("epochs", "steps_per_epoch"), SHAPES)
-@pytest.mark.parametrize("schedule", KINDS, ids=repr)
-def test_every_stage_follows_the_formula_of_its_schedule_at_its_own_rate(
-    schedule: Schedule, epochs: int, steps_per_epoch: int
-) -> None:
-    config = config_of(schedule=schedule, epochs=epochs, freeze_depth=3, lr_ratio=0.2)
-    seen = rates(config, steps_per_epoch)
-    assert len(seen) == epochs * steps_per_epoch
-    for column, peak in zip(zip(*seen, strict=True), (0.04, 0.2, 1.0), strict=True):
-        wanted = formula(schedule, peak, epochs, steps_per_epoch)
-        assert column == pytest.approx(wanted, rel=1e-9, abs=1e-12)
-
-
-@pytest.mark.parametrize("schedule", KINDS, ids=repr)
-def test_a_schedule_that_was_stored_and_read_goes_on_to_the_same_numbers(
-    schedule: Schedule,
-) -> None:
-    config = config_of(schedule=schedule, epochs=3, freeze_depth=4, lr_ratio=0.5)
-    whole = rates(config, 4)
-    for done in range(12):
-        optimizer = build_optimizer(small_model(4), config)
-        running = build_schedule(optimizer, config, 4)
-        for _ in range(done):
-            optimizer.step()
-            running.step()
-        stored = io.BytesIO()
-        torch.save([optimizer.state_dict(), running.state_dict()], stored)
-
-        stored.seek(0)
-        optimizer_state, schedule_state = torch.load(stored, weights_only=True)
-        optimizer = build_optimizer(small_model(4), config)
-        running = build_schedule(optimizer, config, 4)
-        optimizer.load_state_dict(optimizer_state)
-        running.load_state_dict(schedule_state)
-        rest = []
-        for _ in range(12 - done):
-            rest.append([group["lr"] for group in optimizer.param_groups])
-            optimizer.step()
-            running.step()
-        assert rest == whole[done:], f"stored after {done} steps"
-
-
-def test_one_cycle_leaves_the_momentum_as_it_was_asked() -> None:
-    for chosen, name in ((Sgd(lr=1.0, momentum=0.7), "momentum"), (AdamW(lr=1.0), "betas")):
-        config = config_of(optimizer=chosen, schedule=OneCycle(), epochs=3)
-        optimizer = build_optimizer(small_model(), config)
-        schedule = build_schedule(optimizer, config, 4)
-        asked = 0.7 if name == "momentum" else (0.9, 0.999)
-        for _ in range(12):
-            assert [group[name] for group in optimizer.param_groups] == [asked] * 6
-            optimizer.step()
-            schedule.step()
-
-
-@pytest.mark.parametrize(
-    ("schedule", "epochs", "steps_per_epoch", "wanted"),
-    [
-        (Cosine(), 10, 10, 0),
-        (Cosine(warmup_fraction=0.1), 1, 10, 1),
-        (Cosine(warmup_fraction=0.1), 1, 11, 2),  # 1.1 is rounded up
-        (Step(every_epochs=1, warmup_fraction=0.25), 5, 2, 3),
-        (Constant(warmup_fraction=0.001), 1, 10, 1),
-        (Constant(warmup_fraction=0.99), 1, 3, 2),  # a step is left for the rest
-        (Constant(warmup_fraction=0.99), 1, 1, 0),
-        (OneCycle(), 10, 10, 0),
-    ],
-)
-def test_the_warm_up_takes_its_share_of_all_steps_rounded_up(
-    schedule: Schedule, epochs: int, steps_per_epoch: int, wanted: int
-) -> None:
-    config = config_of(schedule=schedule, epochs=epochs)
-    assert warmup_steps(config, steps_per_epoch) == wanted
+def test_rebuilt_it_stands_at_the_rates_of_the_configuration_with_all_that_is_trained_now() -> None:
+    config = config_of(freeze_depth=5, unfreeze_at={2: 3}, lr_ratio=0.5, optimizer=Adam(lr=0.4))
+    model = small_model(5)
+    optimizer = build_optimizer(model, config)
+    optimizer.param_groups[0]["lr"] = 1e-9  # where a schedule had brought it
+    freeze_as(model, config, epoch=2)
+    rebuilt = rebuild_optimizer(optimizer, model, config)
+    assert names_in(model, rebuilt) == {
+        "layer3": ["layer3.weight", "layer3.bias"],
+        "layer4": ["layer4.weight", "layer4.bias"],
+        "head": ["fc.weight", "fc.bias"],
+    }
+    assert [group["lr"] for group in rebuilt.param_groups] == pytest.approx([0.1, 0.2, 0.4])
+    assert all(group["betas"] == (0.9, 0.999) for group in rebuilt.param_groups)
 
 
 def test_momentum_is_whole_after_a_first_step_that_float16_skipped(config: TrialConfig) -> None:
@@ -346,30 +402,3 @@ def test_momentum_is_whole_after_a_first_step_that_float16_skipped(config: Trial
     for state in optimizer.state.values():
         buffer = state.get("momentum_buffer")
         assert buffer is None or torch.isfinite(buffer).all()
-
-
-@pytest.mark.parametrize(("epochs", "steps"), [(1, 10), (2, 5), (1, 3), (10, 1)])
-def test_one_cycle_can_be_as_short_as_one_likes(
-    epochs: int, steps: int, config: TrialConfig
-) -> None:
-    model = StagedModel(build_network("resnet18", 3), RESNET)
-    model.freeze(5)
-    short = replace(config, epochs=epochs, schedule=OneCycle(pct_start=0.1))
-    optimizer = build_optimizer(model, short)
-    schedule = build_schedule(optimizer, short, steps)
-    rates = []
-    for _ in range(epochs * steps):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    assert max(rates) == pytest.approx(0.01)
-    assert rates[0] == pytest.approx(0.01 / 25)
-    with pytest.raises(ConfigError, match="OneCycle needs 3 optimizer steps, this training has 2"):
-        build_schedule(optimizer, replace(short, epochs=2), 1)
-
-
-def test_a_warm_up_of_seven_hundredths_of_a_hundred_steps_takes_seven() -> None:
-    config = TrialConfig(
-        model="resnet18", optimizer=Sgd(lr=1), epochs=10, schedule=Cosine(warmup_fraction=0.07)
-    )
-    assert warmup_steps(config, 10) == 7

@@ -14,6 +14,7 @@ from tuneapp.data.views import (
     Batches,
     epoch_order,
     evaluation_view,
+    mixing,
     training_view,
     view_seeds,
 )
@@ -45,7 +46,10 @@ def batches_of(
     split: str = "train",
     augment: Augment = "standard",
     same_image: bool = False,
+    mix: tuple[float, float] = (0.0, 0.0),
+    channels_last: bool = False,
 ) -> Batches:
+    """Batches of some of the twelve; `mix` are the alphas of mixup and of cutmix."""
     view = evaluation_view(SMALL) if seed is None else training_view(augment, SMALL)
     return Batches(
         store_of(same_image=same_image),
@@ -55,6 +59,8 @@ def batches_of(
         batch_size=batch_size,
         device=torch.device("cpu"),
         shuffle_seed=seed,
+        mix=mixing(*mix, num_classes=12),
+        channels_last=channels_last,
     )
 
 
@@ -282,3 +288,183 @@ def test_one_leftover_example_joins_the_last_batch_in_training_and_never_in_eval
 ) -> None:
     assert sizes_of(count, batch_size, seed=0) == training
     assert sizes_of(count, batch_size, seed=None) == evaluating
+
+
+# --- Mixing ---------------------------------------------------------------------------------------
+
+MIXES = {"mixup": (0.8, 0.0), "cutmix": (0.0, 1.0), "both": (0.8, 1.0)}
+every_mix = pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES.keys())
+
+
+def are_same(a: list[Batch], b: list[Batch]) -> bool:
+    pairs = zip(a, b, strict=True)
+    return all(torch.equal(x, y) and torch.equal(s, t) for (x, s), (y, t) in pairs)
+
+
+def share_of_own(labels: Tensor, plain: Tensor) -> float:
+    """The share that each image of a batch keeps of itself: one for the whole batch."""
+    own = labels[torch.arange(len(plain)), plain]
+    assert float(own.max() - own.min()) < 1e-6
+    return float(own[0])
+
+
+def test_without_alphas_nothing_is_mixed() -> None:
+    assert mixing(0.0, 0.0, num_classes=12) is None
+    assert all(labels.dtype == torch.int64 for _, labels in batches_of().epoch(1))
+
+
+@every_mix
+def test_mixed_labels_are_shares_of_an_example_and_of_its_neighbour(
+    mix: tuple[float, float],
+) -> None:
+    # The views and their order are those of the batches that are not mixed.
+    plain = list(batches_of().epoch(2))
+    mixed = list(batches_of(mix=mix).epoch(2))
+    for (_, labels), (images, shares) in zip(plain, mixed, strict=True):
+        assert (shares.dtype, shares.shape) == (torch.float32, (len(labels), 12))
+        assert images.shape == (len(labels), 3, 32, 32)
+        assert torch.allclose(shares.sum(dim=1), torch.ones(len(labels)), atol=1e-6)
+        share = share_of_own(shares, labels)
+        wanted = torch.zeros(len(labels), 12)
+        for row, (own, neighbour) in enumerate(zip(labels, labels.roll(1), strict=True)):
+            wanted[row, own] += share
+            wanted[row, neighbour] += 1 - share
+        assert torch.allclose(shares, wanted, atol=1e-6)
+    assert any(share_of_own(s, p[1]) < 0.99 for p, (_, s) in zip(plain, mixed, strict=True))
+
+
+def test_a_mixup_batch_is_the_blend_of_each_image_with_its_neighbour() -> None:
+    for (images, labels), (blended, shares) in zip(
+        batches_of().epoch(2), batches_of(mix=(0.8, 0.0)).epoch(2), strict=True
+    ):
+        share = share_of_own(shares, labels)
+        neighbours = torch.stack([images[i - 1] for i in range(len(images))])
+        wanted = share * images.double() + (1 - share) * neighbours.double()
+        assert torch.allclose(blended.double(), wanted, atol=1e-5)
+
+
+def test_a_cutmix_batch_has_a_rectangle_of_the_neighbour_as_large_as_its_label_says() -> None:
+    areas = []
+    for epoch in range(1, 9):
+        for (images, labels), (cut, shares) in zip(
+            batches_of().epoch(epoch), batches_of(mix=(0.0, 1.0)).epoch(epoch), strict=True
+        ):
+            neighbours = images.roll(1, 0)
+            is_own = (cut == images).all(dim=1)
+            is_neighbours = (cut == neighbours).all(dim=1)
+            assert bool((is_own | is_neighbours).all())
+            # The same rectangle in all images: its rows by its columns are its pixels.
+            pasted = ~is_own[0]
+            assert all(torch.equal(~own, pasted) for own in is_own)
+            area = int(pasted.any(dim=1).sum()) * int(pasted.any(dim=0).sum())
+            assert area == int(pasted.sum())
+            assert share_of_own(shares, labels) == pytest.approx(1 - area / 32**2, abs=1e-6)
+            areas.append(area)
+    assert len(set(areas)) > 8
+
+
+def test_with_both_each_batch_is_mixed_one_way_or_the_other() -> None:
+    kinds = Counter()
+    for epoch in range(1, 31):
+        for (images, _), (mixed, _) in zip(
+            batches_of(batch_size=3).epoch(epoch),
+            batches_of(batch_size=3, mix=(0.8, 1.0)).epoch(epoch),
+            strict=True,
+        ):
+            is_cut = ((mixed == images) | (mixed == images.roll(1, 0))).all()
+            kinds["cutmix" if is_cut else "mixup"] += 1
+    # 90 fair coins: fewer than 25 of a kind in 1 of 100,000 draws, and the seed is fixed.
+    assert min(kinds["cutmix"], kinds["mixup"]) >= 25
+
+
+@every_mix
+def test_how_a_batch_is_mixed_does_not_depend_on_what_was_drawn_before(
+    mix: tuple[float, float],
+) -> None:
+    torch.manual_seed(1)
+    wanted = list(batches_of(mix=mix).epoch(3))
+    torch.manual_seed(123)
+    torch.rand(10)
+    batches = batches_of(mix=mix)
+    list(batches.epoch(1))
+    next(batches.epoch(2))  # an epoch that is given up after its first batch
+    got = []
+    for batch in batches.epoch(3):
+        torch.rand(7)  # as dropout does
+        got.append(batch)
+    assert are_same(got, wanted)
+
+
+@every_mix
+def test_the_trainings_own_random_state_is_untouched_by_mixing(mix: tuple[float, float]) -> None:
+    torch.manual_seed(11)
+    state = torch.get_rng_state()
+    for _ in batches_of(mix=mix, augment="none").epoch(1):
+        assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@every_mix
+def test_mixing_is_keyed_by_seed_epoch_and_number_of_the_batch(mix: tuple[float, float]) -> None:
+    draws = []
+    for seed, epoch in ((0, 1), (0, 2), (1, 1), (1, 2), (2, 1)):
+        plain = batches_of(seed=seed, batch_size=3).epoch(epoch)
+        mixed = batches_of(seed=seed, batch_size=3, mix=mix).epoch(epoch)
+        for (images, labels), (blended, shares) in zip(plain, mixed, strict=True):
+            # A rectangle of a few places may be as large as another one; where it is differs.
+            changed = (blended != images).any(dim=1)[0]
+            draws.append((share_of_own(shares, labels), changed.numpy().tobytes()))
+    assert len(draws) == 15
+    assert len(set(draws)) == 15
+
+
+@every_mix
+def test_a_batch_is_mixed_alike_whatever_its_size(mix: tuple[float, float]) -> None:
+    def first_share(batch_size: int) -> float:
+        (_, labels), *_ = batches_of(batch_size=batch_size).epoch(1)
+        (_, shares), *_ = batches_of(batch_size=batch_size, mix=mix).epoch(1)
+        return share_of_own(shares, labels)
+
+    assert len({first_share(size) for size in (2, 4, 9)}) == 1
+
+
+@every_mix
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_evaluation_is_never_mixed(split: str, mix: tuple[float, float]) -> None:
+    plain = list(batches_of(seed=None, split=split).epoch(1))
+    assert are_same(list(batches_of(seed=None, split=split, mix=mix).epoch(1)), plain)
+    assert all(labels.dtype == torch.int64 for _, labels in plain)
+
+
+# --- Memory format, class counts ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mix", [(0.0, 0.0), *MIXES.values()])
+@pytest.mark.parametrize("seed", [0, None])
+def test_channels_last_changes_the_layout_and_no_number(
+    seed: int | None, mix: tuple[float, float]
+) -> None:
+    plain = list(batches_of(seed=seed, mix=mix).epoch(1))
+    other = list(batches_of(seed=seed, mix=mix, channels_last=True).epoch(1))
+    assert are_same(other, plain)
+    for (a, _), (b, _) in zip(plain, other, strict=True):
+        assert a.is_contiguous()
+        assert b.is_contiguous(memory_format=torch.channels_last)
+        assert not b.is_contiguous()
+
+
+def test_the_classes_of_a_split_are_counted() -> None:
+    store = store_of()
+    store.labels = torch.tensor([2, 0, 1, 2, 2, 0, 3, 2, 0, 3, 2, 2])
+    train = Batches(
+        store,
+        "train",
+        view=evaluation_view(SMALL),
+        preprocessing=SMALL,
+        batch_size=4,
+        device=torch.device("cpu"),
+        shuffle_seed=0,
+    )
+    by_hand = Counter(int(store.labels[index]) for index in TRAIN)
+    assert train.class_counts(4) == [by_hand[label] for label in range(4)] == [3, 0, 5, 1]
+    assert train.class_counts(6) == [3, 0, 5, 1, 0, 0]  # classes of which there is no example

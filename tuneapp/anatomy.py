@@ -7,7 +7,8 @@ softmax, biases, sums) and, in networks of one's own, what torch has no formula 
 and kernels of one's own.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.hooks import RemovableHandle
 
 from tuneapp.config import Sgd, TrialConfig, is_reference
 from tuneapp.errors import ConfigError
@@ -92,14 +94,15 @@ def read_anatomy(model: str, image_size: int | None = None) -> Anatomy:
         ConfigError: the model is unknown or cannot be built, or cannot take such images.
     """
     find_family(model)
-    if image_size is not None:
-        config = TrialConfig(model=model, optimizer=Sgd(lr=1), image_size=image_size)
-        mistakes = check_image_size(config, image_size)
-        if mistakes:
-            raise ConfigError(mistakes[0])
+    config = TrialConfig(model=model, optimizer=Sgd(lr=1), image_size=image_size)
     size = _default_size(model) if image_size is None else image_size
+    if image_size is not None or is_reference(model):
+        mistakes = check_image_size(config, size)
+        if mistakes:
+            way_out = "; --image-size sets another size" if image_size is None else ""
+            raise ConfigError(mistakes[0] + way_out)
     staged = skeleton(model, size).eval()
-    measured = _measure_own(staged, model, size) if is_reference(model) else _measure(staged, size)
+    measured = (_measure_own if is_reference(model) else _measure)(staged, size)
     held = [count_parameters([stage]) for stage in staged.stages]
     from_here = reversed(list(accumulate(reversed(held))))
     return Anatomy(
@@ -150,13 +153,14 @@ def _measure(staged: StagedModel, size: int) -> list[_Measured]:
     return measured
 
 
-def _measure_own(staged: StagedModel, model: str, size: int) -> list[_Measured]:
+def _measure_own(staged: StagedModel, size: int) -> list[_Measured]:
     """Call a network of one's own as a whole, and watch in which stage it is.
 
-    A stage lasts from a call of one of its modules that have parameters to such a call of another
-    stage: so functions and modules without parameters count for the stage before them, wherever
-    they stand in the network.
+    A stage lasts from a call of one of its modules to that of another stage's: functions count for
+    the stage whose module was called before them, and so do modules without parameters that are
+    called several times, such as the one ReLU of a network, wherever they are kept.
     """
+    image = torch.zeros(1, 3, size, size)
     outputs: dict[int, tuple[int, ...]] = {}
     flops = [0] * len(staged.stages)
     current, counted = 0, 0
@@ -174,23 +178,36 @@ def _measure_own(staged: StagedModel, model: str, size: int) -> list[_Measured]:
             if isinstance(first, Tensor):
                 outputs[current] = tuple(first.shape[1:])
 
+        calls = _count_calls(staged.network, image)
+        counted = counter.get_total_flops()
         hooks = [
             module.register_forward_pre_hook(partial(enter, index))
             for index, stage in enumerate(staged.stages)
             for module in stage.module.modules()
-            if next(module.parameters(recurse=False), None) is not None
+            if calls[module] == 1 or next(module.parameters(), None) is not None
         ]
         hooks += [module.register_forward_hook(note) for module in staged.network.modules()]
-        try:
-            staged.network(torch.zeros(1, 3, size, size))
-        except Exception as error:
-            reason = str(error).strip().split("\n")[0][:200]
-            raise ConfigError(
-                f"model {model!r}: calling it with an image of {size} x {size} pixels failed: "
-                f"{type(error).__name__}: {reason}; --image-size sets another size"
-            ) from error
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with _removing(hooks):
+            staged.network(image)
         enter(current)
     return [_Measured(outputs.get(index), count) for index, count in enumerate(flops)]
+
+
+def _count_calls(network: nn.Module, image: Tensor) -> Counter[nn.Module]:
+    calls: Counter[nn.Module] = Counter()
+
+    def count(module: nn.Module, args: object) -> None:
+        calls[module] += 1
+
+    with _removing([m.register_forward_pre_hook(count) for m in network.modules()]):
+        network(image)
+    return calls
+
+
+@contextmanager
+def _removing(hooks: Sequence[RemovableHandle]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

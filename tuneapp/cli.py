@@ -336,6 +336,68 @@ def _show_space(space: Path) -> int:
 
 
 @_command
+def lr_range(
+    space: SpaceFile,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Value of a parameter; may be given several times. What is not set is as in the "
+            "first recipe of SPACE.",
+        ),
+    ] = None,
+    data: Data = "digits",
+    image_size: ImageSize = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    seeds: Annotated[int, typer.Option(metavar="N", help="Draws that are averaged.")] = 3,
+    steps: Annotated[int, typer.Option(metavar="N", help="Optimizer steps of each draw.")] = 100,
+    lowest: Annotated[
+        float, typer.Option(metavar="LR", help="The head's learning rate in the first step.")
+    ] = 1e-6,
+    highest: Annotated[float, typer.Option(metavar="LR", help="And in the last.")] = 1.0,
+    output: Annotated[Path, typer.Option(metavar="PNG", help="Where the curve is drawn.")] = Path(
+        "lr-range.png"
+    ),
+) -> int:
+    """Find which learning rates are worth searching for one configuration of SPACE.
+
+    The learning rates of all stages rise together, their ratios kept, while the loss is watched
+    (Smith's range test), and a range for `lr` is proposed. Nothing but the PNG is kept.
+    """
+    for name, number, least in (("--seeds", seeds, 1), ("--steps", steps, 10)):
+        if number < least:
+            raise ConfigError(f"{name} {number}: must be at least {least}")
+    if not 0 < lowest < highest:
+        raise ConfigError(f"--lowest {lowest:g} --highest {highest:g}: must rise, from above 0")
+    if output.suffix.lower() != ".png" or not output.absolute().parent.is_dir():
+        raise ConfigError(f"--output {output}: must be a .png file in a folder that exists")
+    settings = _settings(data, seed, "val/accuracy", None, image_size, device)
+    loaded = _read_space(space)
+    base = loaded.first_trials[0] if loaded.first_trials else {}
+    params = loaded.override(base, _pairs(set_ or []))
+
+    from tuneapp.display import lr_range_lines, say_params
+    from tuneapp.figures import draw_lr_range
+    from tuneapp.lr_range import find_lr_range
+    from tuneapp.prepare import prepare_one
+
+    prepared, config, run = prepare_one(loaded, settings, params, _say)
+    for warning in prepared.warnings:
+        _warn(warning)
+    _say(f"trains    {say_params(params)}")
+    with out.status(f"{seeds} x {steps} steps, from {lowest:g} to {highest:g}"):
+        found = find_lr_range(config, run, steps=steps, seeds=seeds, lowest=lowest, highest=highest)
+    draw_lr_range(found, f"{space.name}: {say_params(params)}", output)
+    names = [name for name in params if name.rpartition(".")[2] == "lr"]
+    for line in lr_range_lines(found, names[0] if len(names) == 1 else "lr"):
+        _say(line)
+    _say(f"figure    {output}")
+    return 0
+
+
+@_command
 def summary(
     run: RunPath,
     applied: Annotated[
@@ -580,10 +642,14 @@ def _print_result(read: "Summary") -> None:
 
 def _print_applied(read: "Summary") -> None:
     """Print what each trial read back from its optimizer, schedule and parameters."""
-    from tuneapp.display import applied_line
+    from tuneapp.display import applied_table
 
-    for trial in read.trials:
-        _say(applied_line(trial))
+    table, shared = applied_table(read.trials)
+    _say("\napplied, read back from the objects that trained:")
+    out.print(table)
+    if shared:
+        _say(f"all       {shared}")
+    _say("")
 
 
 if __name__ == "__main__":

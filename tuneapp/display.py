@@ -3,6 +3,7 @@
 Everything is drawn from the ledger's events, so what is seen is what was written.
 """
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -17,6 +18,7 @@ from tuneapp.records import TrialRecord, best_record, flat, read_records, trials
 
 if TYPE_CHECKING:
     from tuneapp.anatomy import Anatomy
+    from tuneapp.lr_range import LrRange
     from tuneapp.summary import Summary
 
 STATE_STYLES = {
@@ -245,8 +247,53 @@ def _gain_line(read: "Summary", best: float) -> str:
     return f"gain      {gain:.4f} over the recipes ({found}){doubt}"
 
 
-def applied_line(trial: TrialRecord) -> str:
-    """Return what a trial read back from the objects that train."""
-    values = ((k, v) for k, v in flat(trial.applied).items() if v != "")
-    said = " ".join(f"{k}={_short(v)}" for k, v in values)
-    return f"applied   {trial.trial_id}: {said or 'nothing yet'}"
+def applied_table(trials: Sequence[TrialRecord]) -> tuple[Table, str]:
+    """Return what trials read back from the objects that train: a row each, and what all share."""
+    read = {trial.trial_id: _applied_cells(trial.applied) for trial in trials if trial.applied}
+    names = list(dict.fromkeys(name for cells in read.values() for name in cells))
+    shared = [n for n in names if n != "lr" and len({c.get(n) for c in read.values()}) == 1]
+    if len(read) == 1:
+        shared = []
+    table = Table(box=None, pad_edge=False)
+    table.add_column("trial", no_wrap=True)
+    table.add_column("lr of each stage", overflow="fold", ratio=1)
+    table.add_column("and", overflow="fold", ratio=1)
+    for trial_id, cells in read.items():
+        own = [f"{n}={cells[n]}" for n in cells if n != "lr" and n not in shared]
+        table.add_row(trial_id, Text(cells["lr"]), Text(" ".join(own)))
+    first = next(iter(read.values()), {})
+    return table, " ".join(f"{name}={first[name]}" for name in shared)
+
+
+def _applied_cells(applied: dict[str, Any]) -> dict[str, str]:
+    """Return each applied value as a text; learning rates of all stages together."""
+    rates = applied.get("lr", {})
+    rest = {k.removeprefix("options/"): v for k, v in flat({**applied, "lr": {}}).items()}
+    said = {name: _short(value) for name, value in rest.items() if value not in ("", None)}
+    return {"lr": " ".join(f"{stage}={_short(rate)}" for stage, rate in rates.items()), **said}
+
+
+def lr_range_lines(found: "LrRange", name: str) -> list[str]:
+    """Return what the range test proposes, as it is written in a space.
+
+    Args:
+        found: what it saw.
+        name: of the parameter.
+    """
+    if found.low is None or found.high is None or found.steepest is None:
+        return [
+            f"lr        nothing to propose: from {found.lrs[0]:g} to {found.lrs[-1]:g} the loss "
+            "did not fall; try --lowest, --highest and --steps"
+        ]
+    low, high = f"{found.low:.0e}", f"{found.high:.0e}"
+    open_end = found.high == found.lrs[-1]
+    return [
+        f"lr        from {found.low:.1e}, where the loss begins to fall, to {found.high:.1e}, "
+        f"where it is smallest; steepest at {found.steepest:.1e}",
+        f'space     trial.suggest_float("{name}", {low}, {high}, log=True)',
+        *(
+            ["          the loss was still falling there: try a larger --highest"]
+            if open_end
+            else []
+        ),
+    ]

@@ -1,5 +1,6 @@
 """Figures as PNG files, drawn without a display."""
 
+import textwrap
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -30,9 +31,9 @@ def draw_lr_range(found: LrRange, title: str, file: Path) -> None:
     # What blows up at the end would press the rest flat.
     smallest, first = min(found.smoothed), found.smoothed[0]
     axes.set_ylim(min(map(min, found.losses)) * 0.9, max(first, smallest) * 1.6)
-    axes.set_xlabel("learning rate of the head")
+    axes.set_xlabel("lr (every stage has its share of it)")
     axes.set_ylabel("training loss")
-    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_title(textwrap.fill(title, 95), loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(file, dpi=150)

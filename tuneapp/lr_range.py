@@ -12,14 +12,15 @@ from itertools import islice
 
 import torch
 
-from tuneapp.config import TrialConfig
+from tuneapp.config import Constant, TrialConfig
 from tuneapp.data.views import Batch, Batches
 from tuneapp.errors import Diverged
 from tuneapp.loop import train_one_epoch
 from tuneapp.training import Training, TrialRun, begin_training
 
-SMOOTHING = 0.9
-"""Of the exponential moving average over steps, corrected for its beginning at zero."""
+WINDOW = 0.04
+"""Share of all steps to either side over which the loss is averaged. Steps after a learning rate
+count as much as those before it: an average of the past alone would show its minimum too late."""
 BLOWN_UP = 4.0
 """A seed ends where its smoothed loss is this many times its smallest."""
 BEGUN = 0.1
@@ -31,9 +32,9 @@ class LrRange:
     """What the test saw, and what it proposes.
 
     Attributes:
-        lrs: the head's learning rate at each step that all seeds reached, rising.
+        lrs: the `lr` of each step that all seeds reached, rising.
         losses: training loss of each seed at these steps.
-        smoothed: their mean, smoothed.
+        smoothed: their mean, smoothed by `smooth`.
         low: the smallest learning rate worth trying; None where the loss never fell.
         high: where the smoothed loss is smallest.
         steepest: between them, where it falls fastest over the logarithm of the learning rate.
@@ -66,7 +67,7 @@ def find_lr_range(
         run: where and how.
         steps: optimizer steps of each seed.
         seeds: draws of head weights, of dropout and of batches, which are averaged.
-        lowest: the head's learning rate in the first step.
+        lowest: `lr` in the first step; the stages have their shares of it.
         highest: and in the last.
     """
     lrs = [lowest * (highest / lowest) ** (step / (steps - 1)) for step in range(steps)]
@@ -96,12 +97,10 @@ def propose(lrs: list[float], curves: list[list[float]]) -> LrRange:
 
 
 def smooth(values: list[float]) -> list[float]:
-    """Return the exponential moving average of `values`, corrected for its beginning at zero."""
-    average, smoothed = 0.0, []
-    for count, value in enumerate(values, start=1):
-        average = SMOOTHING * average + (1 - SMOOTHING) * value
-        smoothed.append(average / (1 - SMOOTHING**count))
-    return smoothed
+    """Return the mean of each value and its neighbours; there are fewer of them at the ends."""
+    reach = max(2, round(WINDOW * len(values)))
+    windows = (values[max(i - reach, 0) : i + reach + 1] for i in range(len(values)))
+    return [math.fsum(window) / len(window) for window in windows]
 
 
 def _bounds(
@@ -127,13 +126,16 @@ class _Still:
 
 
 def _one_seed(config: TrialConfig, run: TrialRun, lrs: list[float]) -> list[float]:
+    # Whatever the schedule begins with: its warm-up is not waited for.
+    config = replace(config, schedule=Constant())
     training = begin_training(config, run)
-    bases = [group["lr"] / config.optimizer.lr for group in training.state.optimizer.param_groups]
+    groups = training.state.optimizer.param_groups
+    shares = [group["lr"] / config.optimizer.lr for group in groups]
     losses: list[float] = []
     batches = _endless(training.train_batches, first_epoch=1 + config.seed * len(lrs))
     for lr, batch in zip(lrs, islice(batches, len(lrs)), strict=True):
-        for group, base in zip(training.state.optimizer.param_groups, bases, strict=True):
-            group["lr"] = base * lr
+        for group, share in zip(groups, shares, strict=True):
+            group["lr"] = share * lr
         try:
             losses.append(_step(training, batch, config))
         except Diverged:

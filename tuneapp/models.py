@@ -503,15 +503,22 @@ def _layer_mistakes(config: TrialConfig, model: StagedModel) -> list[str]:
 
 def check_image_size(config: TrialConfig, size: int) -> list[str]:
     """Return whether the network cannot take images of `size` x `size` pixels, and which it can."""
-    if is_reference(config.model) or _takes(config, size) is None:
+    failure = _failure_at(config, size)
+    if failure is None:
         return []
+    if is_reference(config.model):
+        return [f"model {config.model!r}: images of {size} x {size} pixels: {failure}"]
     usual = (32, 48, 64, 96, 128, 160, 192, 224, 256, 299, 384)
-    taken = next((s for s in usual if s > size and _takes(config, s) is None), None)
+    taken = next((s for s in usual if s > size and _failure_at(config, s) is None), None)
     way_out = f"; {taken} is possible (--image-size {taken})" if taken else ""
-    return [
-        f"{config.model} cannot take images of {size} x {size} pixels "
-        f"({_takes(config, size)}){way_out}"
-    ]
+    return [f"{config.model} cannot take images of {size} x {size} pixels ({failure}){way_out}"]
+
+
+def _failure_at(config: TrialConfig, size: int) -> str | None:
+    """Return what goes wrong in a forward pass at this size, or None."""
+    if is_reference(config.model):
+        return _own_failure(find_own(config.model, "model"), config.model, size)
+    return _failure(config.model, size, config.aux_weight > 0)
 
 
 @lru_cache(maxsize=256)
@@ -521,13 +528,26 @@ def _failure(model: str, size: int, aux: bool) -> str | None:
         with torch.no_grad():
             staged.train()(torch.empty(2, 3, size, size, device="meta"))
     except (RuntimeError, ValueError, AssertionError) as error:
-        return str(error).strip().split("\n")[0][:120] or type(error).__name__
+        return _first_line(error)
     return None
 
 
-def _takes(config: TrialConfig, size: int) -> str | None:
-    """Return what goes wrong in a forward pass at this size, or None."""
-    return _failure(config.model, size, config.aux_weight > 0)
+@lru_cache(maxsize=32)
+def _own_failure(build: Callable[[int], Any], model: str, size: int) -> str | None:
+    staged = _own_skeleton(build, model)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        try:
+            logits = staged.eval()(torch.zeros(2, 3, size, size))
+        except Exception as error:
+            return _first_line(error)
+    if not isinstance(logits, Tensor) or logits.shape != (2, 10):
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        return f"for two of them and 10 classes it returned {got}, not logits (2, 10)"
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:120] or type(error).__name__
 
 
 def stage_lrs(config: TrialConfig, names: Sequence[str]) -> dict[str, float]:

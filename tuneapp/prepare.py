@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tuneapp.checkpoint import read_best, validated_weights
 from tuneapp.config import RunSettings, TrialConfig, is_reference
 from tuneapp.data.source import ImageSet, read_images, read_split, require_unchanged, write_split
@@ -90,10 +92,9 @@ def prepare(
     sizes = [preprocessing_of(c, images.native_size).crop_size for c in configs]
     _refuse(space, (m for c in configs for m in check_loss(c.loss, num_classes)))
     _refuse(space, (m for c, s in zip(configs, sizes, strict=True) for m in check_image_size(c, s)))
-    found = {weights_key(c): find_weights(c.model, c.weights) for c in configs}
-    for key, (config, size) in {
-        weights_key(c): (c, s) for c, s in zip(configs, sizes, strict=True)
-    }.items():
+    choices = {weights_key(c): (c, s) for c, s in zip(configs, sizes, strict=True)}
+    found = {key: find_weights(c.model, c.weights) for key, (c, _) in choices.items()}
+    for key, (config, size) in choices.items():
         file = found[key].file
         if file is not None:
             network = build_network(config.model, num_classes, image_size=size)
@@ -110,6 +111,39 @@ def prepare(
         max_epochs=max(c.epochs for c in configs),
         warnings=tuple(dict.fromkeys(f.warning for f in found.values() if f.warning)),
         code=dict(own for c in configs for own in map(fingerprint, _references(c)) if own),
+    )
+
+
+def prepare_one(
+    space: SearchSpace, settings: RunSettings, params: Mapping[str, Any], say: Say
+) -> tuple[Prepared, TrialConfig, TrialRun]:
+    """Check one configuration, and return it with where and how it runs here, without a folder.
+
+    Args:
+        space: where the configuration comes from.
+        settings: where and how it will run.
+        params: a value for each parameter that the space asks for.
+        say: told what takes a while.
+
+    Raises:
+        TuneappError: as `prepare` does.
+    """
+    branch = space.replay(params)
+    prepared = prepare(space, settings, [branch], say)
+    config = settings.applied_to(branch.config)
+    found = prepared.weights[weights_key(config)]
+    return (
+        prepared,
+        config,
+        TrialRun(
+            settings=settings,
+            images=prepared.images,
+            weights_file=None if found.file is None else Path(found.file),
+            weights_name=found.name,
+            num_threads=torch.get_num_threads(),
+            has_gpu=torch.cuda.is_available() and settings.device != "cpu",
+            params=params,
+        ),
     )
 
 

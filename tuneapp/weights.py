@@ -37,8 +37,8 @@ AUTO_LIMIT_S = 60.0
 
 _IMAGENET = Preprocessing(256, 224, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
-# Less is another network's file. Of the file: resnet34's has all that resnet18 needs, and as much
-# again; the nearest such relatives (resnet152 for resnet101) share 73 %.
+# Less is another network's. resnet34's file has all that resnet18 needs, and as much again; of
+# torchvision's relatives, resnet152's for resnet101 comes nearest, with 73 % of what it holds.
 _LEAST_OF_NETWORK = 0.5
 _LEAST_OF_FILE = 0.75
 
@@ -270,12 +270,16 @@ def _require_fit(
     file: Path,
 ) -> float:
     """Return the share of the backbone's numbers that the file has; refuse another network's."""
-    backbone = {name for name in own if not name.startswith(heads) and not is_counter(name)}
-    counted = backbone or set(own)  # a network of a single stage is a head altogether
-    fitting = sum(own[name].numel() for name in report.loaded if name in counted)
-    strange = sum(state[n].numel() for n in report.unexpected if not n.startswith(heads))
-    share = fitting / max(sum(own[name].numel() for name in counted), 1)
-    of_file = fitting / max(fitting + strange, 1)
+    backbone = {n: t for n, t in own.items() if not n.startswith(heads) and not is_counter(n)}
+    counted = backbone or own  # a network of a single stage is a head altogether
+    fitting = [counted[name] for name in report.loaded if name in counted]
+    strange = [
+        state[name]
+        for name in report.unexpected
+        if not name.startswith(heads) and not is_counter(name)
+    ]
+    share = _share(fitting, list(counted.values()))
+    of_file = _share(fitting, fitting + strange)
     said = f"{file} fits {share:.0%} of {config.model}'s backbone"
     if not fitting:
         raise WeightsError(f"{said}: it belongs to another network ({report})")
@@ -290,3 +294,12 @@ def _require_fit(
         f"{said}: it belongs to another network ({report}); to load what fits all the same, set "
         "partial_weights=True"
     )
+
+
+def _share(part: list[Tensor], whole: list[Tensor]) -> float:
+    """Return the share of the numbers or of the tensors, whichever is less.
+
+    The dense layers of a VGG are nine tenths of its numbers, whatever its convolutions are.
+    """
+    numbers = sum(t.numel() for t in part) / max(sum(t.numel() for t in whole), 1)
+    return min(numbers, len(part) / max(len(whole), 1))
