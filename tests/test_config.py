@@ -3,23 +3,45 @@ import inspect
 import json
 import math
 from types import MappingProxyType
+from typing import get_args
 
 import pytest
 import torch
+import torchvision
 
+import tuneapp.config
 from tuneapp.config import (
     Adam,
     AdamW,
+    BceDice,
+    BinaryCrossEntropy,
     Constant,
     Cosine,
+    CosineRestarts,
     CrossEntropy,
+    Cyclic,
+    Dice,
+    Exponential,
+    Focal,
+    Iou,
+    Loss,
+    MultiStep,
     OneCycle,
+    Optimizer,
+    OwnLoss,
+    OwnSchedule,
+    Plateau,
+    Polynomial,
+    Preprocess,
+    RmsProp,
     RunSettings,
+    Schedule,
     Sgd,
     Step,
     TrialConfig,
     canonical_json,
     is_better,
+    is_reference,
 )
 from tuneapp.errors import ConfigError
 
@@ -27,21 +49,60 @@ NAN, INF = float("nan"), float("inf")
 ABOVE_ZERO, AT_LEAST_ZERO = "a number > 0", "a number >= 0"
 FRACTION = "a number in [0, 1)"
 SHARE = "a share of the training in [0, 1)"
+BETWEEN, SHARE_OF_ONE = "a number in (0, 1)", "in (0, 1]"
+WHOLE = "a whole number >= 1"
+PATH = "an import path such as 'package.module:name'"
 GOOD = {
     Sgd: {"lr": 0.1},
     Adam: {"lr": 0.1},
     AdamW: {"lr": 0.1},
+    RmsProp: {"lr": 0.1},
     Constant: {},
     Step: {"every_epochs": 2},
+    MultiStep: {"milestones": [2, 3]},
+    Exponential: {"gamma": 0.9},
+    Polynomial: {},
     Cosine: {},
+    CosineRestarts: {"first_epochs": 2},
     OneCycle: {},
+    Cyclic: {"up_epochs": 2},
+    Plateau: {},
+    OwnSchedule: {"factor": "mine.schedules:halving"},
     CrossEntropy: {},
+    Focal: {},
+    BinaryCrossEntropy: {},
+    Dice: {},
+    BceDice: {},
+    Iou: {},
+    OwnLoss: {"loss": "mine:loss"},
+    Preprocess: {},
     TrialConfig: {"model": "resnet18", "optimizer": Sgd(lr=0.1)},
     RunSettings: {},
 }
+WARMED_UP = [
+    *(Constant, Step, MultiStep, Exponential, Polynomial, Cosine, CosineRestarts, Cyclic, Plateau),
+    OwnSchedule,
+]
 NOT_ABOVE_ZERO = [0, -1e-9, NAN, INF, -INF, True, "0.1", None]
 NOT_AT_LEAST_ZERO = [-1e-9, NAN, INF, False, "0", None]
 NOT_A_FRACTION = [-0.1, 1, 1.5, NAN, False, "0", None]
+NOT_BETWEEN = [0, 1, -0.1, 1.1, NAN, True, "0.5", None]
+NOT_A_SHARE = [0, -0.1, 1.1, NAN, INF, True, "1", None]
+NOT_COUNTED = [0, -1, 1.0, True, "1", None]
+NOT_FROM_ZERO = [-1, 0.0, False, "0", None]
+NOT_A_SWITCH = [0, 1, "yes", None]
+NOT_A_PATH = [
+    "halving",
+    "mine.halving",
+    "mine:",
+    ":f",
+    "a b:f",
+    "mine:f:g",
+    "mine:f.g",
+    1,
+    None,
+    "",
+]
 
 BAD = [
     *[
@@ -50,6 +111,7 @@ BAD = [
             (Sgd, "lr", ABOVE_ZERO, NOT_ABOVE_ZERO),
             (Sgd, "weight_decay", AT_LEAST_ZERO, NOT_AT_LEAST_ZERO),
             (Sgd, "momentum", FRACTION, [-0.1, 1, NAN]),
+            (Sgd, "nesterov", "True or False, and False when momentum is 0", NOT_A_SWITCH),
             (Adam, "lr", ABOVE_ZERO, NOT_ABOVE_ZERO),
             (Adam, "beta1", FRACTION, NOT_A_FRACTION),
             (Adam, "beta2", FRACTION, NOT_A_FRACTION),
@@ -57,24 +119,134 @@ BAD = [
             (AdamW, "lr", ABOVE_ZERO, NOT_ABOVE_ZERO),
             (AdamW, "beta1", FRACTION, NOT_A_FRACTION),
             (AdamW, "weight_decay", AT_LEAST_ZERO, NOT_AT_LEAST_ZERO),
-            (Constant, "warmup_fraction", SHARE, NOT_A_FRACTION),
-            (Cosine, "warmup_fraction", SHARE, NOT_A_FRACTION),
-            (Step, "warmup_fraction", SHARE, NOT_A_FRACTION),
-            (Step, "every_epochs", "a whole number >= 1", [0, -1, 1.0, True, "1", None]),
-            (Step, "gamma", "in (0, 1]", [0, -0.1, 1.1, NAN, True, "1", None]),
-            (OneCycle, "pct_start", "a number in (0, 1)", [0, 1, -0.1, NAN, "0.5", None]),
+            (RmsProp, "lr", ABOVE_ZERO, NOT_ABOVE_ZERO),
+            (RmsProp, "alpha", FRACTION, NOT_A_FRACTION),
+            (RmsProp, "eps", ABOVE_ZERO, NOT_ABOVE_ZERO),
+            (RmsProp, "momentum", FRACTION, NOT_A_FRACTION),
+            (RmsProp, "centered", "True or False", NOT_A_SWITCH),
+            (RmsProp, "weight_decay", AT_LEAST_ZERO, NOT_AT_LEAST_ZERO),
+            *[(kind, "warmup_fraction", SHARE, NOT_A_FRACTION) for kind in WARMED_UP],
+            (Step, "every_epochs", WHOLE, NOT_COUNTED),
+            (Step, "gamma", SHARE_OF_ONE, NOT_A_SHARE),
+            (
+                MultiStep,
+                "milestones",
+                "rising whole numbers >= 1, such as [3, 6]",
+                [[], (), [0], [2, 2], [3, 2], [1.0], [True, 2], ["1"], 3, "12", None, {1: 2}, {1}],
+            ),
+            (MultiStep, "gamma", SHARE_OF_ONE, NOT_A_SHARE),
+            (Exponential, "gamma", SHARE_OF_ONE, NOT_A_SHARE),
+            (Polynomial, "power", ABOVE_ZERO, NOT_ABOVE_ZERO),
+            (CosineRestarts, "first_epochs", WHOLE, NOT_COUNTED),
+            (CosineRestarts, "multiplier", WHOLE, NOT_COUNTED),
+            (OneCycle, "pct_start", BETWEEN, NOT_BETWEEN),
             (OneCycle, "div_factor", ABOVE_ZERO, NOT_ABOVE_ZERO),
             (OneCycle, "final_div_factor", ABOVE_ZERO, NOT_ABOVE_ZERO),
+            (Cyclic, "up_epochs", WHOLE, NOT_COUNTED),
+            (Cyclic, "base_factor", BETWEEN, NOT_BETWEEN),
+            (
+                Cyclic,
+                "mode",
+                "one of 'triangular', 'triangular2'",
+                ["exp_range", "triangular3", None, 2, ["triangular"]],
+            ),
+            (Plateau, "factor", BETWEEN, NOT_BETWEEN),
+            (Plateau, "patience", "a whole number >= 0", NOT_FROM_ZERO),
+            (Plateau, "threshold", AT_LEAST_ZERO, NOT_AT_LEAST_ZERO),
+            (Plateau, "cooldown", "a whole number >= 0", NOT_FROM_ZERO),
+            (
+                Plateau,
+                "monitor",
+                "one of 'val/accuracy', 'val/loss'",
+                ["loss", "train/loss", None, 1],
+            ),
+            (OwnSchedule, "factor", PATH, [*NOT_A_PATH, len]),
             (CrossEntropy, "label_smoothing", FRACTION, NOT_A_FRACTION),
-            (TrialConfig, "epochs", "a whole number >= 1", [0, -1, 2.0, True, "2", None]),
-            (TrialConfig, "batch_size", "a whole number >= 1", [0, -1, 2.0, True]),
+            (
+                CrossEntropy,
+                "class_weights",
+                "None, 'balanced', or a number > 0 for each class",
+                [
+                    "Balanced",
+                    [],
+                    [1, 0],
+                    [1, -1.0],
+                    [1, NAN],
+                    [1, True],
+                    ["1"],
+                    1.0,
+                    {0: 1.0},
+                    True,
+                ],
+            ),
+            (Focal, "gamma", AT_LEAST_ZERO, NOT_AT_LEAST_ZERO),
+            (Focal, "alpha", FRACTION, [-0.1, 1, NAN, False, "0"]),
+            (BinaryCrossEntropy, "label_smoothing", FRACTION, NOT_A_FRACTION),
+            (BinaryCrossEntropy, "pos_weight", ABOVE_ZERO, NOT_ABOVE_ZERO),
+            (Dice, "smooth", ABOVE_ZERO, NOT_ABOVE_ZERO),
+            (BceDice, "dice_weight", FRACTION, NOT_A_FRACTION),
+            (BceDice, "smooth", ABOVE_ZERO, NOT_ABOVE_ZERO),
+            (Iou, "smooth", ABOVE_ZERO, NOT_ABOVE_ZERO),
+            (OwnLoss, "loss", PATH, [*NOT_A_PATH, len]),
+            (OwnLoss, "options", "a mapping name -> value", [None, [1], {1: 2}, "gamma=2"]),
+            (
+                Preprocess,
+                "mean",
+                "None or three numbers",
+                [0.5, [0.5], [0.5] * 4, [0.5, 0.5, NAN], [0.5, 0.5, "0"], "abc", {1, 2, 3}],
+            ),
+            (
+                Preprocess,
+                "std",
+                "None or three numbers > 0",
+                [0.5, [0.5] * 2, [0.5, 0.5, 0], [0.5, -1, 0.5], [0.5, 0.5, INF]],
+            ),
+            (
+                Preprocess,
+                "interpolation",
+                "None or one of 'nearest', 'bilinear', 'bicubic'",
+                ["lanczos", "", 2, ["bicubic"]],
+            ),
+            (Preprocess, "resize_size", "None or a whole number >= 16", [15, 0, 32.0, "32", True]),
+            (TrialConfig, "model", "a name or an import path", ["", None, 18, len]),
+            (TrialConfig, "epochs", WHOLE, [0, -1, 2.0, True, "2", None]),
+            (TrialConfig, "batch_size", WHOLE, [0, -1, 2.0, True]),
+            (TrialConfig, "partial_weights", "True or False", NOT_A_SWITCH),
             (TrialConfig, "freeze_depth", "a whole number", [1.0, True, "1", None]),
-            (TrialConfig, "seed", "a whole number >= 0", [-1, 0.0, False, "0", None]),
+            (
+                TrialConfig,
+                "freeze",
+                "a list of patterns of parameter names",
+                ["layer1.*", [1], [""], ["a", None], None, {"layer1.*"}],
+            ),
+            (
+                TrialConfig,
+                "unfreeze_at",
+                "a mapping epoch (from 2) -> freeze depth",
+                [None, [2], 3, {1: 0}, {0: 0}, {"2": 0}, {2.0: 0}, {2: 1.0}, {2: "0"}, {True: 0}],
+            ),
+            (
+                TrialConfig,
+                "frozen_batchnorm",
+                "one of 'eval', 'train'",
+                ["frozen", None, True, ["eval"]],
+            ),
+            (TrialConfig, "head_lr_factor", ABOVE_ZERO, NOT_ABOVE_ZERO),
+            (TrialConfig, "decay_norms_and_biases", "True or False", NOT_A_SWITCH),
+            (TrialConfig, "dropout", FRACTION, [-0.1, 1, 1.5, NAN, False, "0"]),
+            (TrialConfig, "stochastic_depth", FRACTION, [-0.1, 1, 1.5, NAN, False, "0"]),
+            (TrialConfig, "aux_weight", AT_LEAST_ZERO, NOT_AT_LEAST_ZERO),
+            (TrialConfig, "mixup_alpha", AT_LEAST_ZERO, NOT_AT_LEAST_ZERO),
+            (TrialConfig, "cutmix_alpha", AT_LEAST_ZERO, NOT_AT_LEAST_ZERO),
+            (TrialConfig, "seed", "a whole number >= 0", NOT_FROM_ZERO),
             (TrialConfig, "augment", "one of 'none', 'light', 'standard'", ["lite", None, 1]),
             (TrialConfig, "amp", "one of 'auto', 'bf16', 'fp16', 'off'", ["on", None, True]),
             (TrialConfig, "image_size", "None or a whole number >= 16", [15, 0, 32.0, "32"]),
             (TrialConfig, "weights", "None, a name or a path", ["", 1, False]),
             (TrialConfig, "clip_norm", "None or a number > 0", [0, -1, NAN, INF, True, "1"]),
+            (TrialConfig, "clip_value", "None or a number > 0", [0, -1, NAN, INF, True, "1"]),
+            (TrialConfig, "ema_decay", "None or a number in (0, 1)", [0, 1, -0.1, NAN, True, "0"]),
+            (TrialConfig, "channels_last", "True or False", NOT_A_SWITCH),
             (
                 TrialConfig,
                 "accumulation_steps",
@@ -90,7 +262,7 @@ BAD = [
             (RunSettings, "seed", "a whole number >= 0", [-1, 0.5, True, None]),
             (RunSettings, "metric", "one of 'val/accuracy', 'val/loss'", ["accuracy", None]),
             (RunSettings, "device", "one of 'auto', 'cpu', 'cuda'", ["gpu", "cuda:0", None]),
-            (RunSettings, "max_epochs", "a whole number >= 1", [0, -1, 1.5, True]),
+            (RunSettings, "max_epochs", WHOLE, [0, -1, 1.5, True]),
             (RunSettings, "image_size", "a whole number >= 16", [15, 0, 32.5, "32"]),
         ]
         for value in values
@@ -128,9 +300,45 @@ def test_a_wrong_value_is_named_with_its_field_and_what_is_allowed(kind, name, v
         (Constant, "warmup_fraction", 0.999),
         (Step, "gamma", 1),
         (Step, "every_epochs", 1),
+        (RmsProp, "alpha", 0),
+        (RmsProp, "eps", 1e-30),
+        (MultiStep, "milestones", [1]),
+        (MultiStep, "milestones", (1, 2, 1000)),
+        (Exponential, "gamma", 1),
+        (Polynomial, "power", 1e-9),
+        (CosineRestarts, "first_epochs", 1),
+        (Cyclic, "base_factor", 1e-9),
+        (Cyclic, "mode", "triangular2"),
+        (Plateau, "patience", 0),
+        (Plateau, "threshold", 0),
+        (Plateau, "factor", 0.999),
+        (Plateau, "monitor", "val/accuracy"),
+        (OwnSchedule, "factor", "a.b_2._c:_d9"),
+        (CrossEntropy, "class_weights", [1e-9, 1000]),
+        (CrossEntropy, "class_weights", (1, 2)),
+        (CrossEntropy, "class_weights", "balanced"),
+        (Focal, "gamma", 0),
+        (Focal, "alpha", None),
+        (Focal, "alpha", 0),
+        (BceDice, "dice_weight", 0),
+        (OwnLoss, "options", {"gamma": 2, "words": ["any"]}),
+        (Preprocess, "mean", (0, 0.5, 1)),
+        (Preprocess, "std", [1e-3, 1, 2]),
+        (Preprocess, "interpolation", "nearest"),
+        (Preprocess, "resize_size", 16),
         (OneCycle, "pct_start", 1e-9),
         (TrialConfig, "epochs", 1),
         (TrialConfig, "freeze_depth", 0),
+        (TrialConfig, "freeze_depth", -1),
+        (TrialConfig, "freeze", ("layer1.*", "*.bn?.[wb]*")),
+        (TrialConfig, "freeze", []),
+        (TrialConfig, "unfreeze_at", {2: 0, 10: -3}),
+        (TrialConfig, "head_lr_factor", 100),
+        (TrialConfig, "dropout", 0),
+        (TrialConfig, "stochastic_depth", 0.999),
+        (TrialConfig, "ema_decay", 0.99999),
+        (TrialConfig, "model", "mine.nets:build"),
+        (TrialConfig, "clip_value", 1e-9),
         (TrialConfig, "image_size", 16),
         (TrialConfig, "weights", None),
         (TrialConfig, "clip_norm", 1e-9),
@@ -160,11 +368,122 @@ def test_a_wrong_factor_of_a_stage_is_named_and_a_right_one_is_not(factor):
     )
 
 
-@pytest.mark.parametrize("name", ["optimizer", "schedule", "loss"])
-@pytest.mark.parametrize("value", ["adamw", None, {"lr": 0.1}, AdamW])
-def test_the_parts_of_a_trial_must_be_objects_of_ours(name, value):
-    with pytest.raises(ConfigError, match="optimizer, schedule and loss must be objects from"):
+CHOICES = {
+    "optimizer": "Sgd, Adam, AdamW, RmsProp",
+    "schedule": "Constant, Step, MultiStep, Exponential, Polynomial, Cosine, CosineRestarts, "
+    "OneCycle, Cyclic, Plateau, OwnSchedule",
+    "loss": "CrossEntropy, Focal, BinaryCrossEntropy, Dice, BceDice, Iou, OwnLoss",
+    "preprocess": "Preprocess",
+}
+
+
+@pytest.mark.parametrize(("name", "known"), CHOICES.items())
+@pytest.mark.parametrize(
+    "value", [None, {"lr": 0.1}, AdamW, RunSettings(), torch.nn.CrossEntropyLoss(), 3]
+)
+def test_the_parts_of_a_trial_must_be_objects_of_ours(name, known, value):
+    with pytest.raises(ConfigError) as caught:
         TrialConfig(**GOOD[TrialConfig] | {name: value})
+    assert str(caught.value) == (
+        f"TrialConfig: {name} must be one of {known} from tuneapp.config, got {value!r}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "meant"),
+    [
+        ("optimizer", "AdaW", "AdamW"),
+        ("optimizer", "Rmsprop", "RmsProp"),
+        ("optimizer", "quantum", None),
+        ("schedule", "OneCycleLR", "OneCycle"),
+        ("schedule", "cosine", "Cosine"),
+        ("schedule", "MultiStepLR", "MultiStep"),
+        ("schedule", "zigzag", None),
+        ("loss", "CrossEntropyLoss", "CrossEntropy"),
+        ("loss", "FocalLoss", "Focal"),
+        ("preprocess", "preprocess", "Preprocess"),
+    ],
+)
+def test_a_name_in_the_place_of_an_object_is_met_with_the_nearest_one(name, value, meant):
+    with pytest.raises(ConfigError) as caught:
+        TrialConfig(**GOOD[TrialConfig] | {name: value})
+    hint = f"; did you mean {meant!r}?" if meant else ""
+    assert str(caught.value).endswith(f" from tuneapp.config, got {value!r}{hint}")
+
+
+def test_several_wrong_parts_are_told_at_once():
+    with pytest.raises(ConfigError, match=r"optimizer must .*; schedule must .*; loss must "):
+        TrialConfig(model="resnet18", optimizer=1, schedule=2, loss=3)
+
+
+def test_a_schedule_in_the_place_of_an_optimizer_is_none():
+    with pytest.raises(ConfigError, match=r"optimizer must be one of Sgd, .*got Cosine\(warm"):
+        TrialConfig(model="resnet18", optimizer=Cosine())
+
+
+# --- Freezing, clipping ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (
+            {"freeze": ["layer1.*"], "freeze_depth": 1},
+            "freeze names parameters: give it, or freeze_depth and unfreeze_at",
+        ),
+        (
+            {"freeze": ["layer1.*"], "unfreeze_at": {2: 0}},
+            "freeze names parameters: give it, or freeze_depth and unfreeze_at",
+        ),
+        (
+            {"lr_ratio": {"head": 1.0}, "head_lr_factor": 2.0},
+            "head_lr_factor goes with a number as lr_ratio; a mapping has its own",
+        ),
+        ({"clip_norm": 1.0, "clip_value": 1.0}, "clip_norm and clip_value: give one of them"),
+        (
+            {"freeze_depth": 4, "epochs": 4, "unfreeze_at": {2: 3, 5: 2, 9: 1}},
+            "unfreeze_at must be epochs up to 4, got [5, 9]",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_told(values, told):
+    with pytest.raises(ConfigError) as caught:
+        TrialConfig(**GOOD[TrialConfig] | values)
+    assert str(caught.value) == f"TrialConfig: {told}"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"freeze": ["layer1.*"]},
+        {"freeze": [], "freeze_depth": 1, "unfreeze_at": {2: 0}},
+        {"lr_ratio": {"head": 1.0}, "head_lr_factor": 1},
+        {"lr_ratio": 0.5, "head_lr_factor": 2.0},
+        {"clip_norm": 1.0},
+        {"clip_value": 1.0},
+        {"epochs": 4, "unfreeze_at": {2: 3, 4: 2}},
+    ],
+)
+def test_what_goes_together_is_allowed(values):
+    config = TrialConfig(**GOOD[TrialConfig] | values)
+    assert {name: getattr(config, name) for name in values} == values
+
+
+def test_wrong_epochs_are_not_blamed_on_the_unfreezing():
+    with pytest.raises(ConfigError) as caught:
+        TrialConfig(**GOOD[TrialConfig] | {"epochs": "4", "unfreeze_at": {9: 0}})
+    assert str(caught.value) == "TrialConfig: epochs must be a whole number >= 1, got '4'"
+
+
+@pytest.mark.parametrize(
+    ("value", "is_one"),
+    [("mine:f", True), ("a.b.c:_f1", True), *((v, False) for v in NOT_A_PATH), ("1a:f", False)],
+)
+def test_an_import_path_is_a_module_a_colon_and_a_name(value, is_one):
+    assert is_reference(value) is is_one
+
+
+# --- All together ---------------------------------------------------------------------------------
 
 
 def test_several_mistakes_are_reported_at_once():
@@ -199,6 +518,7 @@ def test_a_configuration_takes_no_positional_value_and_never_changes(kind):
     with pytest.raises(TypeError, match="positional"):
         kind(*GOOD[kind].values(), 1)
     made = kind(**GOOD[kind])
+    assert kind(**GOOD[kind]) == made
     for field in dataclasses.fields(made):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(made, field.name, 1)
@@ -210,13 +530,36 @@ def test_a_configuration_takes_no_positional_value_and_never_changes(kind):
         (Sgd(lr=1), torch.optim.SGD, {"nesterov": "nesterov", "weight_decay": "weight_decay"}),
         (Adam(lr=1), torch.optim.Adam, {"weight_decay": "weight_decay"}),
         (AdamW(lr=1), torch.optim.AdamW, {"weight_decay": "weight_decay"}),
+        (
+            RmsProp(lr=1),
+            torch.optim.RMSprop,
+            {name: name for name in ("alpha", "eps", "momentum", "centered", "weight_decay")},
+        ),
         (Step(every_epochs=1), torch.optim.lr_scheduler.StepLR, {"gamma": "gamma"}),
+        (MultiStep(milestones=[1]), torch.optim.lr_scheduler.MultiStepLR, {"gamma": "gamma"}),
+        (Polynomial(), torch.optim.lr_scheduler.PolynomialLR, {"power": "power"}),
+        (
+            CosineRestarts(first_epochs=1),
+            torch.optim.lr_scheduler.CosineAnnealingWarmRestarts,
+            {"multiplier": "T_mult"},
+        ),
+        (Cyclic(up_epochs=1), torch.optim.lr_scheduler.CyclicLR, {"mode": "mode"}),
+        (
+            Plateau(),
+            torch.optim.lr_scheduler.ReduceLROnPlateau,
+            {name: name for name in ("factor", "threshold", "cooldown")},
+        ),
         (
             OneCycle(),
             torch.optim.lr_scheduler.OneCycleLR,
             {name: name for name in ("pct_start", "div_factor", "final_div_factor")},
         ),
-        (CrossEntropy(), torch.nn.CrossEntropyLoss, {"label_smoothing": "label_smoothing"}),
+        (
+            CrossEntropy(),
+            torch.nn.CrossEntropyLoss,
+            {"label_smoothing": "label_smoothing", "class_weights": "weight"},
+        ),
+        (Focal(), torchvision.ops.sigmoid_focal_loss, {"gamma": "gamma", "alpha": "alpha"}),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )
@@ -233,24 +576,132 @@ def test_the_default_betas_are_those_of_torch(kind):
     assert (kind(lr=1).beta1, kind(lr=1).beta2) == theirs
 
 
+# Every choice, away from its defaults.
+OPTIMIZERS = [
+    Sgd(lr=0.1, momentum=0.5, nesterov=True, weight_decay=1e-4),
+    Adam(lr=1e-3, beta1=0.8),
+    AdamW(lr=1e-4, beta2=0.99),
+    RmsProp(lr=1e-2, alpha=0.9, eps=0.0316, momentum=0.9, centered=True),
+]
+SCHEDULES = [
+    Constant(warmup_fraction=0.5),
+    Step(every_epochs=3),
+    MultiStep(milestones=[3, 6], gamma=0.3, warmup_fraction=0.1),
+    Exponential(gamma=0.9),
+    Polynomial(power=2),
+    Cosine(warmup_fraction=0.1),
+    CosineRestarts(first_epochs=2, multiplier=2),
+    OneCycle(pct_start=0.2),
+    Cyclic(up_epochs=2, base_factor=0.2, mode="triangular2"),
+    Plateau(monitor="val/accuracy", patience=1, cooldown=2),
+    OwnSchedule(factor="mine:halving"),
+]
+LOSSES = [
+    CrossEntropy(label_smoothing=0.1, class_weights=[1.0, 2.0]),
+    CrossEntropy(class_weights="balanced"),
+    Focal(gamma=1.0, alpha=None),
+    BinaryCrossEntropy(pos_weight=3.0),
+    Dice(smooth=0.5),
+    BceDice(dice_weight=0.3),
+    Iou(),
+    OwnLoss(loss="mine:loss", options={"gamma": 2, "names": ["a", "b"]}),
+]
+
+
 @pytest.mark.parametrize(
-    "schedule",
-    [Constant(), Step(every_epochs=3), Cosine(warmup_fraction=0.1), OneCycle(pct_start=0.2)],
-    ids=lambda schedule: type(schedule).__name__,
+    ("listed", "union"),
+    [(OPTIMIZERS, Optimizer), (SCHEDULES, Schedule), (LOSSES, Loss)],
+    ids=["optimizers", "schedules", "losses"],
 )
+def test_these_tests_know_every_choice(listed, union):
+    assert {type(choice) for choice in listed} == set(get_args(union))
+    assert all(kind in GOOD for kind in get_args(union))
+    assert all(kind.__name__ in tuneapp.config.__all__ for kind in get_args(union))
+
+
 @pytest.mark.parametrize(
-    "optimizer",
-    [Sgd(lr=0.1, momentum=0.5), Adam(lr=1e-3, beta1=0.8), AdamW(lr=1e-4)],
-    ids=lambda optimizer: type(optimizer).__name__,
+    ("name", "choice"),
+    [
+        *(("optimizer", choice) for choice in OPTIMIZERS),
+        *(("schedule", choice) for choice in SCHEDULES),
+        *(("loss", choice) for choice in LOSSES),
+    ],
+    ids=repr,
 )
-def test_every_optimizer_and_schedule_has_a_plain_form_that_json_keeps(optimizer, schedule):
-    config = TrialConfig(model="resnet18", optimizer=optimizer, schedule=schedule)
+def test_every_choice_has_a_plain_form_that_json_keeps(name, choice):
+    config = TrialConfig(**GOOD[TrialConfig] | {name: choice})
     plain = config.as_dict()
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain
     assert set(plain) == {field.name for field in dataclasses.fields(TrialConfig)}
-    for name, part in (("optimizer", optimizer), ("schedule", schedule), ("loss", config.loss)):
-        expected = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
-        assert plain[name] == {"kind": type(part).__name__, **expected}
+    for part, chosen in (
+        ("optimizer", config.optimizer),
+        ("schedule", config.schedule),
+        ("loss", config.loss),
+    ):
+        expected = {field.name: getattr(chosen, field.name) for field in dataclasses.fields(chosen)}
+        assert plain[part] == {"kind": type(chosen).__name__, **expected}
+    # Nothing is lost: the plain form makes the same object again.
+    again = dict(plain[name])
+    assert getattr(tuneapp.config, again.pop("kind"))(**again) == choice
+
+
+def test_every_field_of_a_trial_has_a_plain_form_that_json_keeps():
+    given = {
+        "model": "mine:build",
+        "optimizer": Sgd(lr=0.1),
+        "freeze_depth": -1,
+        "unfreeze_at": {2: 3, 5: 0},
+        "frozen_batchnorm": "train",
+        "head_lr_factor": 10.0,
+        "decay_norms_and_biases": False,
+        "dropout": 0.3,
+        "stochastic_depth": 0.1,
+        "aux_weight": 0.3,
+        "mixup_alpha": 0.2,
+        "cutmix_alpha": 1.0,
+        "preprocess": Preprocess(mean=[0.5] * 3, std=[0.2] * 3, interpolation="bicubic"),
+        "clip_value": 0.5,
+        "ema_decay": 0.999,
+        "channels_last": True,
+        "weights": "mine.pth",
+        "partial_weights": True,
+    }
+    plain = TrialConfig(**given).as_dict()
+    assert json.loads(json.dumps(plain, allow_nan=False)) == plain
+    assert plain["unfreeze_at"] == {"2": 3, "5": 0}  # JSON has no other keys
+    assert plain["preprocess"] == {
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.2, 0.2, 0.2],
+        "interpolation": "bicubic",
+        "resize_size": None,
+    }
+    same = set(given) - {"optimizer", "unfreeze_at", "preprocess"}
+    assert {name: plain[name] for name in same} == {name: given[name] for name in same}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"freeze": ("layer1.*", "*.bias")},
+        {"schedule": MultiStep(milestones=(3, 6))},
+        {"loss": CrossEntropy(class_weights=(1.0, 2.0))},
+        {"loss": OwnLoss(loss="mine:loss", options={"sizes": (1, 2)})},
+        {"loss": OwnLoss(loss="mine:loss", options=MappingProxyType({"gamma": 2}))},
+        {"preprocess": Preprocess(mean=(0.5, 0.4, 0.3), std=(1, 1, 1))},
+        {"unfreeze_at": MappingProxyType({2: 0})},
+        {"lr_ratio": MappingProxyType({"head": 1.0})},
+    ],
+    ids=repr,
+)
+def test_tuples_and_other_mappings_become_what_json_has(values):
+    plain = TrialConfig(**GOOD[TrialConfig] | values).as_dict()
+    assert json.loads(json.dumps(plain)) == plain
+
+
+@pytest.mark.parametrize("value", [object(), NAN, {1, 2}, len, {1: 2}, [INF]])
+def test_options_that_no_file_can_hold_are_a_mistake_of_the_configuration(value):
+    with pytest.raises(ConfigError, match=r"^OwnLoss: options must be "):
+        OwnLoss(loss="mine:loss", options={"option": value})
 
 
 def test_the_plain_form_of_a_mapping_of_factors_is_a_dict():
@@ -268,6 +719,26 @@ def test_the_ceiling_lowers_the_epochs_and_never_raises_them(asked, ceiling, tra
     under = RunSettings(max_epochs=ceiling).applied_to(config)
     assert under == dataclasses.replace(config, epochs=trained)
     assert config.epochs == asked
+
+
+@pytest.mark.parametrize(
+    ("ceiling", "left"),
+    [
+        (None, {2: 3, 4: 2, 9: 0}),
+        (10, {2: 3, 4: 2, 9: 0}),
+        (9, {2: 3, 4: 2, 9: 0}),
+        (8, {2: 3, 4: 2}),
+        (4, {2: 3, 4: 2}),
+        (3, {2: 3}),
+        (1, {}),
+    ],
+)
+def test_what_was_to_be_unfrozen_beyond_the_ceiling_does_not_come(ceiling, left):
+    config = TrialConfig(
+        **GOOD[TrialConfig], freeze_depth=5, unfreeze_at={2: 3, 4: 2, 9: 0}, epochs=10
+    )
+    under = RunSettings(max_epochs=ceiling).applied_to(config)
+    assert under == dataclasses.replace(config, epochs=ceiling or 10, unfreeze_at=left)
 
 
 @pytest.mark.parametrize(

@@ -307,14 +307,25 @@ def test_freezing_freezes_exactly_the_first_stages(name: str) -> None:
         for tensor in (*stage.module.parameters(), *stage.module.buffers())
     }
     norms = [m for m in model.network.modules() if isinstance(m, nn.BatchNorm2d)]
+    model.train()
     try:
         for depth in (*range(len(model.stages) + 1), 2, 0):
             model.freeze(depth)
-            model.eval().train()
             assert all(p.requires_grad == (index[id(p)] >= depth) for p in model.parameters())
             assert all(m.training == (index[id(m.weight)] >= depth) for m in norms)
     finally:
         model.freeze(0)
+
+
+class Like:
+    """A tensor without its numbers."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._as = tensor.shape, tensor.stride(), tensor.dtype
+
+    def make(self) -> Tensor:
+        size, stride, dtype = self._as
+        return torch.empty_strided(size, stride, dtype=dtype, device="meta")
 
 
 class Recorder(TorchDispatchMode):
@@ -323,9 +334,9 @@ class Recorder(TorchDispatchMode):
     The origin is the name of a parameter or buffer, or the number of the operation that made it.
     """
 
-    # An operation on such tensors -> size, stride and type of what it made: to work it out anew
-    # takes most of the time.
-    _made: ClassVar[dict[str, list[tuple[Any, ...]]]] = {}
+    # An operation on such tensors -> what it made, without its numbers; to work it out anew takes
+    # most of the time.
+    _made: ClassVar[dict[str, tuple[bool, list[Like]]]] = {}
 
     def __init__(self, network: nn.Module, x: Tensor) -> None:
         super().__init__()
@@ -345,21 +356,17 @@ class Recorder(TorchDispatchMode):
                 return tuple(value.shape), value.stride(), value.dtype
             return [say(v) for v in value] if isinstance(value, list | tuple) else value
 
-        name = str(func)
-        said = f"{name} {say(args)} {kwargs}"
+        said = f"{func} {say(args)} {kwargs}"
         in_place = func.overloadpacket.__name__.endswith("_")
         if in_place or said not in self._made:
             out = func(*args, **(kwargs or {}))
-            outs = list(out) if isinstance(out, list | tuple) else [out]
-            self._made[said] = [(o.shape, o.stride(), o.dtype) for o in outs]
+            several = isinstance(out, list | tuple)
+            outs = list(out) if several else [out]
+            self._made[said] = several, [Like(tensor) for tensor in outs]
         else:
-            outs = [
-                torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-                for shape, stride, dtype in self._made[said]
-            ]
-        several = len(func._schema.returns) > 1 or "[]" in str(func._schema.returns[0].type)
-        for out in outs:
-            self._origin[id(out)] = len(self.seen)
+            several, likes = self._made[said]
+            outs = [like.make() for like in likes]
+        self._origin.update(dict.fromkeys(map(id, outs), len(self.seen)))
         self._kept.append(outs)
         # DenseNet ends with a ReLU in place, its stages with another one: the same to this.
         self.seen.append((said.replace("relu_", "relu"), origins))

@@ -30,7 +30,7 @@ COUNTS = [1, 1, 1]
 # Probabilities of three classes for two examples that the arithmetic below starts from: by softmax
 # for cross-entropy, by sigmoid for all else.
 SOFTMAX = [[1 / 2, 1 / 4, 1 / 4], [1 / 8, 3 / 4, 1 / 8]]
-SIGMOID = [[0.75, 0.5, 0.25], [0.25, 0.75, 0.5]]
+SIGMOID = [[0.75, 0.5, 0.25], [0.25, 0.6, 0.8]]
 LABELS = [0, 2]
 HARD = [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
 SOFT = [[0.7, 0.3, 0.0], [0.0, 0.5, 0.5]]
@@ -57,6 +57,9 @@ EVERY_LOSS: list[Loss] = [
     Iou(),
     Iou(smooth=1e-6),
 ]
+
+# With class weights, torch divides by the weights of the labels; of shares, by the examples.
+MEANS_OVER_EXAMPLES = [c for c in EVERY_LOSS if getattr(c, "class_weights", None) is None]
 
 
 def logits_of(probabilities: Sequence[object]) -> Tensor:
@@ -186,8 +189,8 @@ def pairs(
 
 def test_binary_cross_entropy_is_the_mean_over_examples_and_classes() -> None:
     logits = logits_of(SIGMOID)
-    # Example 0: 0.75 is present, 0.5 and 0.25 are not; example 1: 0.5 is, 0.25 and 0.75 are not.
-    by_hand = -(ln(0.75) + ln(0.5) + ln(0.75) + ln(0.75) + ln(0.25) + ln(0.5)) / 6
+    # Example 0: 0.75 is present, 0.5 and 0.25 are not; example 1: 0.8 is, 0.25 and 0.6 are not.
+    by_hand = -(ln(0.75) + ln(0.5) + ln(0.75) + ln(0.75) + ln(0.4) + ln(0.8)) / 6
     assert value(BinaryCrossEntropy(), logits, LABELS) == close(by_hand)
     assert value(BinaryCrossEntropy(), logits, HARD) == close(by_hand)
     soft = sum(bce(p, t) for p, t in pairs(SIGMOID, SOFT)) / 6
@@ -204,7 +207,7 @@ def test_labels_of_binary_cross_entropy_are_smoothed_by_half_the_share() -> None
 
 def test_the_positive_weight_counts_what_is_present_more() -> None:
     logits, config = logits_of(SIGMOID), BinaryCrossEntropy(pos_weight=3.0)
-    by_hand = -(3 * ln(0.75) + ln(0.5) + ln(0.75) + ln(0.75) + ln(0.25) + 3 * ln(0.5)) / 6
+    by_hand = -(3 * ln(0.75) + ln(0.5) + ln(0.75) + ln(0.75) + ln(0.4) + 3 * ln(0.8)) / 6
     assert value(config, logits, LABELS) == close(by_hand)
     soft = sum(bce(p, t, 3.0) for p, t in pairs(SIGMOID, SOFT)) / 6
     assert value(config, logits, SOFT) == close(soft)
@@ -213,12 +216,11 @@ def test_the_positive_weight_counts_what_is_present_more() -> None:
 def test_focal_loss_is_summed_over_classes_and_averaged_over_examples() -> None:
     logits = logits_of(SIGMOID)
     first = -(0.25 * 0.25**2 * ln(0.75) + 0.75 * 0.5**2 * ln(0.5) + 0.75 * 0.25**2 * ln(0.75))
-    second = -(0.75 * 0.25**2 * ln(0.75) + 0.75 * 0.75**2 * ln(0.25) + 0.25 * 0.5**2 * ln(0.5))
+    second = -(0.75 * 0.25**2 * ln(0.75) + 0.75 * 0.6**2 * ln(0.4) + 0.25 * 0.2**2 * ln(0.8))
     assert value(Focal(gamma=2, alpha=0.25), logits, LABELS) == close((first + second) / 2)
-    unweighted = -(
-        (0.25**3 + 0.25**3 + 0.25**3) * ln(0.75) + (0.5**3 + 0.5**3) * ln(0.5) + 0.75**3 * ln(0.25)
-    )
-    assert value(Focal(gamma=3, alpha=None), logits, LABELS) == close(unweighted / 2)
+    first = -(0.25**3 * ln(0.75) + 0.5**3 * ln(0.5) + 0.25**3 * ln(0.75))
+    second = -(0.25**3 * ln(0.75) + 0.6**3 * ln(0.4) + 0.2**3 * ln(0.8))
+    assert value(Focal(gamma=3, alpha=None), logits, LABELS) == close((first + second) / 2)
 
 
 def test_focal_loss_takes_shares() -> None:
@@ -253,30 +255,39 @@ def test_focal_loss_without_gamma_and_alpha_is_binary_cross_entropy() -> None:
     assert value(Focal(gamma=0, alpha=None), logits, SOFT) == close(alike)
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_focal_loss_is_zero_for_the_right_answer_and_all_of_it_for_the_wrong(gamma: float) -> None:
+    right = torch.full((2, 3), -30.0)
+    right[0, 0] = right[1, 2] = 30.0
+    config = Focal(gamma=gamma, alpha=None)
+    assert value(config, right, LABELS) == pytest.approx(0, abs=1e-6)
+    assert value(config, -right, LABELS) == close(3 * 30)
+
+
 def test_dice_loss_is_of_each_example_over_its_classes() -> None:
     logits = logits_of(SIGMOID)
-    # Probabilities add up to 1.5 in both examples; 0.75 and 0.5 of them are right.
-    hard = ((1 - (2 * 0.75 + 1) / (1.5 + 1 + 1)) + (1 - (2 * 0.5 + 1) / (1.5 + 1 + 1))) / 2
+    # Probabilities add up to 1.5 and 1.65; 0.75 and 0.8 of them are right.
+    hard = ((1 - (2 * 0.75 + 1) / (1.5 + 1 + 1)) + (1 - (2 * 0.8 + 1) / (1.65 + 1 + 1))) / 2
     assert value(Dice(), logits, LABELS) == close(hard)
     first = 1 - (2 * (0.7 * 0.75 + 0.3 * 0.5) + 0.1) / (1.5 + 1 + 0.1)
-    second = 1 - (2 * (0.5 * 0.75 + 0.5 * 0.5) + 0.1) / (1.5 + 1 + 0.1)
+    second = 1 - (2 * (0.5 * 0.6 + 0.5 * 0.8) + 0.1) / (1.65 + 1 + 0.1)
     assert value(Dice(smooth=0.1), logits, SOFT) == close((first + second) / 2)
 
 
 def test_iou_loss_is_of_each_example_over_its_classes() -> None:
     logits = logits_of(SIGMOID)
     first = 1 - (0.75 + 1) / (1.5 + 1 - 0.75 + 1)
-    second = 1 - (0.5 + 1) / (1.5 + 1 - 0.5 + 1)
+    second = 1 - (0.8 + 1) / (1.65 + 1 - 0.8 + 1)
     assert value(Iou(), logits, LABELS) == close((first + second) / 2)
-    both = [0.7 * 0.75 + 0.3 * 0.5, 0.5 * 0.75 + 0.5 * 0.5]
-    soft = [1 - (b + 0.1) / (1.5 + 1 - b + 0.1) for b in both]
-    assert value(Iou(smooth=0.1), logits, SOFT) == close(sum(soft) / 2)
+    first = 1 - (0.675 + 0.1) / (1.5 + 1 - 0.675 + 0.1)  # 0.7 * 0.75 + 0.3 * 0.5 = 0.675
+    second = 1 - (0.7 + 0.1) / (1.65 + 1 - 0.7 + 0.1)  # 0.5 * 0.6 + 0.5 * 0.8 = 0.7
+    assert value(Iou(smooth=0.1), logits, SOFT) == close((first + second) / 2)
 
 
 def test_bce_dice_loss_is_the_weighted_mean_of_its_two() -> None:
     logits = logits_of(SIGMOID)
     cross_entropy = sum(bce(p, t) for p, t in pairs(SIGMOID, HARD)) / 6
-    dice = ((1 - (2 * 0.75 + 2) / (1.5 + 1 + 2)) + (1 - (2 * 0.5 + 2) / (1.5 + 1 + 2))) / 2
+    dice = ((1 - (2 * 0.75 + 2) / (1.5 + 1 + 2)) + (1 - (2 * 0.8 + 2) / (1.65 + 1 + 2))) / 2
     config = BceDice(dice_weight=0.3, smooth=2)
     assert value(config, logits, LABELS) == close(0.7 * cross_entropy + 0.3 * dice)
     assert value(config, logits, HARD) == close(0.7 * cross_entropy + 0.3 * dice)
@@ -292,13 +303,11 @@ def test_an_overlap_loss_is_nearly_zero_for_the_right_answer_and_one_for_the_wro
     assert value(config, -right, LABELS) == pytest.approx(1, abs=1e-6)
 
 
-@pytest.mark.parametrize("config", EVERY_LOSS)
+@pytest.mark.parametrize("config", MEANS_OVER_EXAMPLES)
 @pytest.mark.parametrize("sizes", [(2, 3), (2, 3, 2, 2)])
 def test_labels_are_the_same_as_shares_of_zero_and_one(
     config: Loss, sizes: tuple[int, ...]
 ) -> None:
-    if isinstance(config, CrossEntropy) and config.class_weights is not None:
-        return  # torch divides by the weights of labels, but not of shares
     logits = torch.randn(sizes, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(math.prod(sizes) // 3).reshape(2, *sizes[2:]) % 3
     shares = torch.stack([(labels == c).float() for c in range(3)], dim=1)
@@ -395,17 +404,16 @@ def test_the_loss_and_its_gradient_are_finite_at_the_extremes(
 def test_every_loss_computes_in_float32_also_under_autocast(
     config: Loss, targets: Sequence[object], dtype: torch.dtype
 ) -> None:
-    logits = logits_of(SIGMOID).to(dtype)
-    shares = torch.tensor(targets)
+    logits, given = logits_of(SIGMOID).to(dtype), torch.tensor(targets)
+    if given.is_floating_point():
+        given = given.to(dtype)
     loss = build_loss(config, COUNTS)
-    wanted = loss(logits.float(), shares)
-    assert loss(logits, shares.to(dtype) if shares.is_floating_point() else shares).item() == (
-        wanted.item() if shares.dtype is torch.int64 else pytest.approx(wanted.item(), rel=1e-2)
-    )
+    wanted = loss(logits.float(), given.float() if given.is_floating_point() else given)
+    plain = loss(logits, given)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed = loss(logits, shares)
-    assert mixed.dtype is torch.float32
-    assert mixed.item() == wanted.item()
+        mixed = loss(logits, given)
+    assert wanted.dtype is plain.dtype is mixed.dtype is torch.float32
+    assert wanted.item() == plain.item() == mixed.item()
 
 
 @pytest.mark.parametrize("config", EVERY_LOSS)
@@ -418,11 +426,9 @@ def test_losses_of_auxiliary_classifiers_are_added_with_their_weight(config: Los
         assert both.item() == close(alone[0] + 0.3 * (alone[1] + alone[2]))
 
 
-@pytest.mark.parametrize("config", EVERY_LOSS)
+@pytest.mark.parametrize("config", MEANS_OVER_EXAMPLES)
 @pytest.mark.parametrize("is_hard", [True, False])
 def test_parts_of_a_batch_add_up_to_it_by_their_examples(config: Loss, is_hard: bool) -> None:
-    if isinstance(config, CrossEntropy) and config.class_weights is not None:
-        return  # torch divides by the weights of the labels: of each part
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(7, 3, generator=generator)
     targets = torch.arange(7) % 3 if is_hard else torch.rand(7, 3, generator=generator)
@@ -595,25 +601,19 @@ def test_an_own_loss_that_is_not_there_is_one_line() -> None:
     assert line.startswith("loss 'no_such_module:loss': cannot import no_such_module")
 
 
-def test_the_check_leaves_random_numbers_and_the_loss_itself_alone(
-    offer: Callable[[object], str],
-) -> None:
-    torch.manual_seed(0)
+def test_the_check_leaves_the_random_numbers_alone(offer: Callable[[object], str]) -> None:
     before = torch.get_rng_state()
     assert check_loss(OwnLoss(loss=offer(noisy)), num_classes=3) == []
-    instance = nn.Linear(3, 1)
-
-    class Learned(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = instance
-
-        def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-            return self.layer(logits).mean()
-
-    torch.manual_seed(0)
-    assert check_loss(OwnLoss(loss=offer(Learned())), num_classes=3) == []
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_check_leaves_no_gradient_in_an_own_loss(offer: Callable[[object], str]) -> None:
+    class Learned(nn.Linear):
+        def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+            return super().forward(logits).mean()
+
+    instance = Learned(3, 1)
+    assert check_loss(OwnLoss(loss=offer(instance)), num_classes=3) == []
     assert instance.weight.grad is None
 
 

@@ -1,7 +1,8 @@
 import csv
 import json
 import math
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,27 +10,39 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import StochasticDepth
 
 import tuneapp.trial as trial
-from tuneapp.checkpoint import Row, TrainState
+from tuneapp import config as c
+from tuneapp.average import WeightAverage
+from tuneapp.checkpoint import Row, TrainState, read_best, validated_weights
 from tuneapp.config import (
     Adam,
     AdamW,
     Constant,
     Cosine,
+    CrossEntropy,
+    Loss,
     OneCycle,
     Optimizer,
+    OwnLoss,
+    OwnSchedule,
+    Plateau,
+    RmsProp,
     RunSettings,
-    Schedule,
     Sgd,
     Step,
     TrialConfig,
 )
+from tuneapp.data.source import ImageSet, read_images
 from tuneapp.data.store import open_store
-from tuneapp.data.views import Batches, evaluation_view, training_view
+from tuneapp.data.views import Batch, Batches, evaluation_view, mixing, training_view
 from tuneapp.errors import CheckpointError, ConfigError, Diverged
-from tuneapp.models import build_network
+from tuneapp.models import StagedModel, build_network
+from tuneapp.schedules import Schedule
+from tuneapp.training import begin_training
 from tuneapp.trial import TrialRun, run_trial
 from tuneapp.weights import preprocessing_of
 
@@ -61,6 +74,7 @@ def outcome(state: TrainState) -> dict[str, object]:
             "optimizer": state.optimizer.state_dict(),
             "schedule": state.schedule.state_dict(),
             "scaler": state.scaler.state_dict(),
+            "average": None if state.average is None else state.average.state_dict(),
             "generator": torch.get_rng_state(),
         }
     )
@@ -95,39 +109,93 @@ def deep(config: TrialConfig) -> TrialConfig:
     return replace(config, freeze_depth=4, lr_ratio=0.3, epochs=3, augment="standard")
 
 
-def with_dropout(network: nn.Module) -> nn.Module:
-    """Let the head drop half of its features, drawn from the global generator."""
-    network.fc = nn.Sequential(nn.Dropout(0.5), network.fc)
-    return network
+class SmallNetwork(nn.Module):
+    """A network of one's own with a ResNet's stages, which trains in no time."""
 
-
-@pytest.fixture
-def dropout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "build_network", lambda *args: with_dropout(build_network(*args)))
-
-
-@pytest.fixture
-def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A network with a ResNet's stages, BatchNorm and dropout, which trains in no time."""
-
-    def build(model: str, num_classes: int) -> nn.Module:
-        network = nn.Module()
-        network.conv1, network.bn1 = nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8)
-        network.relu, network.maxpool = nn.ReLU(), nn.MaxPool2d(2)
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU())
         for i in range(1, 5):
             block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
-            setattr(network, f"layer{i}", block)
-        network.avgpool, network.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(8, num_classes)
-        return with_dropout(network)
+            setattr(self, f"layer{i}", block)
+        self.dropout, self.fc = nn.Dropout(0.5), nn.Linear(8, num_classes)
 
-    monkeypatch.setattr(trial, "build_network", build)
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer2(self.layer1(self.stem(x)))
+        logits: Tensor = self.fc(self.dropout(self.layer4(self.layer3(x)).mean([2, 3])))
+        return logits
+
+    def stages(self) -> Mapping[str, nn.Module]:
+        layers = {f"layer{i}": getattr(self, f"layer{i}") for i in range(1, 5)}
+        return {"stem": self.stem, **layers, "head": self.fc}
+
+
+SMALL = f"{__name__}:SmallNetwork"
+
+
+@pytest.fixture
+def small(config: TrialConfig) -> TrialConfig:
+    """Two epochs of the head of the small network."""
+    return replace(config, model=SMALL)
+
+
+@pytest.fixture
+def deep_small(deep: TrialConfig) -> TrialConfig:
+    """Three epochs of three stages and the head of the small network."""
+    return replace(deep, model=SMALL, freeze_depth=2)
+
+
+@pytest.fixture
+def with_dropout(config: TrialConfig) -> TrialConfig:
+    """The head of a MobileNetV3, whose dropout draws from the global generator."""
+    return replace(config, model="mobilenet_v3_small", freeze_depth=-1, dropout=0.5)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The images of every forward pass."""
+    images: list[Tensor] = []
+    really = StagedModel.forward
+
+    def forward(model: StagedModel, x: Tensor, *args: Any, **options: Any) -> Any:
+        images.append(x.clone(memory_format=torch.preserve_format))
+        return really(model, x, *args, **options)
+
+    monkeypatch.setattr(StagedModel, "forward", forward)
+    return images
+
+
+def batches_of(config: TrialConfig, run: TrialRun, split: str, mixed: bool = False) -> Batches:
+    """The batches of a trial, opened apart from it."""
+    preprocessing = preprocessing_of(config, None)
+    is_training = split == "train"
+    return Batches(
+        open_store(run.images, preprocessing),
+        split,
+        view=training_view(config.augment, preprocessing)
+        if is_training
+        else evaluation_view(preprocessing),
+        preprocessing=preprocessing,
+        batch_size=config.batch_size,
+        device=torch.device("cpu"),
+        shuffle_seed=run.settings.seed if is_training else None,
+        mix=mixing(config.mixup_alpha, config.cutmix_alpha, 3) if mixed else None,
+    )
 
 
 # --- Resume ---------------------------------------------------------------------------------------
 
 
-def require_exact_resume(config: TrialConfig, run: TrialRun, folder: Path, *done: int) -> None:
-    """Interrupt a trial after each of the epochs `done`, and compare with one that went through."""
+def without_applied(rows: list[Row]) -> list[Row]:
+    return [{k: v for k, v in row.items() if k != "applied"} for row in timeless(rows)]
+
+
+def require_exact_resume(config: TrialConfig, run: TrialRun, folder: Path, *done: int) -> list[Row]:
+    """Interrupt a trial after each of the epochs `done`, and compare with one that went through.
+
+    Returns:
+        The rows of that one.
+    """
     straight_rows: list[Row] = []
     straight = outcome(run_trial(config, run, straight_rows.append))
     for epoch in done:
@@ -138,35 +206,58 @@ def require_exact_resume(config: TrialConfig, run: TrialRun, folder: Path, *done
         resumed = run_trial(config, run, rows.append, resume_from=place / "checkpoints")
         assert differences(outcome(resumed), straight) == []
         # A listener who comes anew is told of every epoch, with what was applied.
-        assert timeless(rows) == timeless(straight_rows)
+        assert without_applied(rows) == without_applied(straight_rows)
         assert [row["epoch"] for row in rows] == list(range(1, config.epochs + 1))
-        assert all(row["applied"] == rows[0]["applied"] for row in rows)
+        for row, wanted in zip(rows, straight_rows, strict=True):
+            if row["epoch"] >= epoch or not config.unfreeze_at:
+                assert row["applied"] == wanted["applied"]
+    return straight_rows
 
 
 OPTIMIZERS: list[Optimizer] = [
     Sgd(lr=0.02, momentum=0.9, weight_decay=1e-2),
     Adam(lr=2e-3, weight_decay=1e-2),
     AdamW(lr=2e-3),
+    RmsProp(lr=2e-3, momentum=0.9, centered=True),
 ]
-SCHEDULES: list[Schedule] = [
+SCHEDULES: list[c.Schedule] = [
     Constant(),
     Constant(warmup_fraction=0.5),
     Step(every_epochs=1),
     Step(every_epochs=1, warmup_fraction=0.3),
+    c.MultiStep(milestones=[1, 2], gamma=0.5),
+    c.Exponential(gamma=0.5),
+    c.Polynomial(power=2),
     Cosine(),
     Cosine(warmup_fraction=0.2),
+    c.CosineRestarts(first_epochs=1, multiplier=2),
     OneCycle(),
+    c.Cyclic(up_epochs=1, mode="triangular2"),
+    Plateau(patience=0, threshold=0.9),
+    Plateau(patience=0, threshold=0.9, monitor="val/accuracy", warmup_fraction=0.2),
+    OwnSchedule(factor=f"{__name__}:halved"),
 ]
 
 
-@pytest.mark.usefixtures("small_network")
-@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=repr)
+def halved(epoch: int, config: TrialConfig) -> float:
+    """A schedule of one's own."""
+    return float(0.5**epoch)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
-def test_an_interrupted_trial_goes_on_to_the_same_bits(
-    optimizer: Optimizer, schedule: Schedule, deep: TrialConfig, run: TrialRun, tmp_path: Path
+def test_an_interrupted_schedule_goes_on_to_the_same_bits(
+    schedule: c.Schedule, deep_small: TrialConfig, run: TrialRun, tmp_path: Path
 ) -> None:
-    config = replace(deep, freeze_depth=2, optimizer=optimizer, schedule=schedule)
-    require_exact_resume(config, run, tmp_path, 1, 2)
+    require_exact_resume(replace(deep_small, schedule=schedule), run, tmp_path, 1, 2)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=repr)
+def test_an_interrupted_optimizer_goes_on_to_the_same_bits(
+    optimizer: Optimizer, deep_small: TrialConfig, run: TrialRun, tmp_path: Path
+) -> None:
+    for schedule in (Cosine(warmup_fraction=0.2), OneCycle()):
+        config = replace(deep_small, optimizer=optimizer, schedule=schedule)
+        require_exact_resume(config, run, tmp_path / type(schedule).__name__, 1, 2)
 
 
 @pytest.mark.parametrize(
@@ -174,17 +265,91 @@ def test_an_interrupted_trial_goes_on_to_the_same_bits(
     [(Sgd(lr=0.02), Cosine(warmup_fraction=0.2)), (AdamW(lr=2e-3), OneCycle())],
 )
 def test_an_interrupted_resnet_goes_on_to_the_same_bits(
-    optimizer: Optimizer, schedule: Schedule, deep: TrialConfig, run: TrialRun, tmp_path: Path
+    optimizer: Optimizer, schedule: c.Schedule, deep: TrialConfig, run: TrialRun, tmp_path: Path
 ) -> None:
     config = replace(deep, optimizer=optimizer, schedule=schedule)
     require_exact_resume(config, run, tmp_path, 1)
 
 
-@pytest.mark.usefixtures("dropout")
-def test_an_interrupted_resnet_with_dropout_goes_on_to_the_same_bits(
-    config: TrialConfig, run: TrialRun, tmp_path: Path
+def test_an_interrupted_network_with_dropout_goes_on_to_the_same_bits(
+    with_dropout: TrialConfig, run: TrialRun, tmp_path: Path
 ) -> None:
-    require_exact_resume(replace(config, augment="standard"), run, tmp_path, 1)
+    require_exact_resume(replace(with_dropout, augment="standard"), run, tmp_path, 1)
+
+
+CRAFTS: dict[str, dict[str, Any]] = {
+    "average": {"ema_decay": 0.9},
+    "mixing": {"mixup_alpha": 0.4, "cutmix_alpha": 1.0},
+    "clip_value": {"clip_value": 1e-3},
+    "frozen BatchNorm that follows": {"frozen_batchnorm": "train"},
+    "norms that do not decay": {
+        "optimizer": AdamW(lr=2e-3, weight_decay=0.1),
+        "decay_norms_and_biases": False,
+    },
+    "patterns": {"freeze_depth": 0, "freeze": ["stem.*", "layer?.1.*"]},
+    "float16": {"amp": "fp16"},
+}
+
+
+@pytest.mark.parametrize("craft", CRAFTS.values(), ids=CRAFTS.keys())
+def test_whatever_else_is_asked_an_interrupted_trial_goes_on_to_the_same_bits(
+    craft: dict[str, Any], deep_small: TrialConfig, run: TrialRun, tmp_path: Path
+) -> None:
+    require_exact_resume(replace(deep_small, **craft), run, tmp_path, 1, 2)
+
+
+UNFREEZINGS: dict[str, dict[str, Any]] = {
+    "sgd": {"optimizer": Sgd(lr=0.02), "schedule": Cosine(warmup_fraction=0.2)},
+    "adamw": {"optimizer": AdamW(lr=2e-3), "schedule": OneCycle()},
+    "plateau": {"optimizer": RmsProp(lr=2e-3), "schedule": Plateau(patience=0, threshold=0.9)},
+    "average": {"optimizer": Sgd(lr=0.02), "ema_decay": 0.9, "frozen_batchnorm": "train"},
+}
+
+
+@pytest.mark.parametrize("chosen", UNFREEZINGS.values(), ids=UNFREEZINGS.keys())
+def test_an_interruption_before_at_and_after_an_unfreezing_changes_no_bit(
+    chosen: dict[str, Any], deep_small: TrialConfig, run: TrialRun, tmp_path: Path
+) -> None:
+    config = replace(
+        deep_small, epochs=5, freeze_depth=-1, unfreeze_at={2: 3, 4: 0}, lr_ratio=0.5, **chosen
+    )
+    rows = require_exact_resume(config, run, tmp_path, 1, 2, 3, 4)
+    names = ["stem", "layer1", "layer2", "layer3", "layer4", "head"]
+    for row, depth in zip(rows, (5, 3, 3, 0, 0), strict=True):
+        rates = {name: row.get(f"lr/{name}") for name in names}
+        assert [name for name, rate in rates.items() if rate is not None] == names[depth:]
+        for index in range(depth, 6):
+            wanted = row["lr/head"] * 0.5 ** (5 - index)
+            assert rates[names[index]] == pytest.approx(wanted, rel=1e-9)
+        assert list(row["applied"]["lr"]) == names[depth:]
+
+
+def test_an_unfrozen_resnet_goes_on_to_the_same_bits(
+    deep: TrialConfig, run: TrialRun, tmp_path: Path
+) -> None:
+    config = replace(deep, freeze_depth=5, unfreeze_at={2: 4, 3: 3})
+    require_exact_resume(config, run, tmp_path, 1, 2)
+
+
+def test_a_plateau_lowers_the_rates_by_hand_and_after_an_interruption(
+    deep_small: TrialConfig, run: TrialRun, tmp_path: Path
+) -> None:
+    config = replace(
+        deep_small,
+        epochs=5,
+        optimizer=RmsProp(lr=2e-3),
+        schedule=Plateau(factor=0.5, patience=0, threshold=0.05),
+    )
+    rows = require_exact_resume(config, run, tmp_path, 2, 3)
+    factor, best = 1.0, math.inf
+    for row in rows:
+        assert row["lr/head"] == pytest.approx(2e-3 * factor)
+        assert row["lr/layer3"] == pytest.approx(2e-3 * 0.3**2 * factor)
+        if row["val/loss"] < best * (1 - 0.05):
+            best = row["val/loss"]
+        else:
+            factor *= 0.5
+    assert factor < 1
 
 
 def forget(owner: object, name: str) -> Callable[[pytest.MonkeyPatch], None]:
@@ -192,41 +357,43 @@ def forget(owner: object, name: str) -> Callable[[pytest.MonkeyPatch], None]:
 
 
 FORGOTTEN = {
-    "model": forget(nn.Module, "load_state_dict"),
-    "optimizer": forget(torch.optim.Optimizer, "load_state_dict"),
-    "schedule": forget(torch.optim.lr_scheduler.LRScheduler, "load_state_dict"),
-    "generator": forget(torch, "set_rng_state"),
+    "model": (forget(nn.Module, "load_state_dict"), "train/loss"),
+    "optimizer": (forget(torch.optim.Optimizer, "load_state_dict"), "train/loss"),
+    "schedule": (forget(Schedule, "load_state_dict"), "train/loss"),
+    "average": (forget(WeightAverage, "load_state_dict"), "val/loss"),
+    "generator": (forget(torch, "set_rng_state"), "train/loss"),
 }
 
 
-@pytest.mark.usefixtures("small_network")
-@pytest.mark.parametrize("forgotten", FORGOTTEN.values(), ids=FORGOTTEN.keys())
+@pytest.mark.parametrize(("forgotten", "seen_in"), FORGOTTEN.values(), ids=FORGOTTEN.keys())
 def test_a_resume_that_forgot_a_piece_would_be_seen(
     forgotten: Callable[[pytest.MonkeyPatch], None],
-    deep: TrialConfig,
+    seen_in: str,
+    deep_small: TrialConfig,
     run: TrialRun,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config = replace(deep, epochs=2, optimizer=Sgd(lr=0.02), schedule=Cosine())
+    config = replace(
+        deep_small, epochs=2, optimizer=Sgd(lr=0.02), schedule=Cosine(), ema_decay=0.99
+    )
     straight = outcome(run_trial(config, run, ignore))
     interrupt_after(config, replace(run, folder=tmp_path), 1)
     with monkeypatch.context() as patch:
         forgotten(patch)
         resumed = run_trial(config, run, ignore, resume_from=tmp_path / "checkpoints")
-    assert "/history/1/train/loss" in differences(outcome(resumed), straight)
+    assert f"/history/1/{seen_in}" in differences(outcome(resumed), straight)
 
 
-@pytest.mark.usefixtures("small_network")
 def test_a_finished_trial_is_reported_again_and_not_trained_again(
-    config: TrialConfig, run: TrialRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: TrialConfig, run: TrialRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = replace(run, folder=tmp_path)
     first: list[Row] = []
-    finished = outcome(run_trial(config, run, first.append))
+    finished = outcome(run_trial(small, run, first.append))
     monkeypatch.setattr(trial, "train_one_epoch", None)
     again: list[Row] = []
-    state = run_trial(config, run, again.append, resume_from=tmp_path / "checkpoints")
+    state = run_trial(small, run, again.append, resume_from=tmp_path / "checkpoints")
     assert again == first
     assert differences(outcome(state), finished) == []
 
@@ -250,23 +417,23 @@ def test_the_checkpoint_of_another_configuration_is_refused(
 # --- Nothing but the configuration and the run matter ---------------------------------------------
 
 
-@pytest.mark.usefixtures("dropout")
-def test_a_trial_after_another_one_is_the_trial_alone(deep: TrialConfig, run: TrialRun) -> None:
-    config = replace(deep, epochs=1)
+def test_a_trial_after_another_one_is_the_trial_alone(
+    with_dropout: TrialConfig, run: TrialRun
+) -> None:
+    config = replace(with_dropout, epochs=1, augment="standard")
     alone = outcome(run_trial(config, run, ignore))
-    other = replace(config, freeze_depth=3, batch_size=5, seed=3, optimizer=Sgd(lr=0.1))
+    other = replace(config, freeze_depth=-2, batch_size=5, seed=3, optimizer=Sgd(lr=0.1))
     assert differences(outcome(run_trial(other, run, ignore)), alone) != []
     assert differences(outcome(run_trial(config, run, ignore)), alone) == []
 
 
-@pytest.mark.usefixtures("dropout")
-def test_the_state_of_the_process_does_not_matter(config: TrialConfig, run: TrialRun) -> None:
+def test_the_state_of_the_process_does_not_matter(with_dropout: TrialConfig, run: TrialRun) -> None:
     torch.manual_seed(1)
-    wanted = outcome(run_trial(config, run, ignore))
+    wanted = outcome(run_trial(with_dropout, run, ignore))
     torch.manual_seed(2)
     torch.rand(5)
     torch.set_num_threads(2)
-    assert differences(outcome(run_trial(config, run, ignore)), wanted) == []
+    assert differences(outcome(run_trial(with_dropout, run, ignore)), wanted) == []
     assert torch.get_num_threads() == 1
 
 
@@ -286,50 +453,35 @@ def test_seeds_of_trial_and_run_make_other_trainings(config: TrialConfig, run: T
     assert len(set(losses)) == 3
 
 
+@pytest.mark.parametrize("mix", [{}, {"mixup_alpha": 0.4, "cutmix_alpha": 1.0}])
 @pytest.mark.parametrize("seed", [0, 3])
 @pytest.mark.parametrize("trial_seed", [0, 1])
 def test_all_trials_of_a_run_see_the_same_views_in_the_same_order(
-    trial_seed: int, seed: int, config: TrialConfig, run: TrialRun, monkeypatch: pytest.MonkeyPatch
+    trial_seed: int,
+    seed: int,
+    mix: dict[str, float],
+    small: TrialConfig,
+    run: TrialRun,
+    seen: list[Tensor],
 ) -> None:
-    seen: list[torch.Tensor] = []
-
-    def build(model: str, num_classes: int) -> nn.Module:
-        network = build_network(model, num_classes)
-        network.conv1.register_forward_hook(lambda _, args, __: seen.append(args[0].clone()))
-        return network
-
-    monkeypatch.setattr(trial, "build_network", build)
     run = replace(run, settings=RunSettings(seed=seed))
-    run_trial(replace(config, seed=trial_seed, augment="standard"), run, ignore)
-
-    preprocessing = preprocessing_of("resnet18", None, 32, None)
-    kinds = {
-        "train": (training_view("standard", preprocessing), seed),
-        "val": (evaluation_view(preprocessing), None),
-    }
-    wanted = []
-    for epoch in (1, 2):
-        for split, (view, shuffle_seed) in kinds.items():
-            batches = Batches(
-                open_store(run.images, preprocessing),
-                split,
-                view=view,
-                preprocessing=preprocessing,
-                batch_size=8,
-                device=torch.device("cpu"),
-                shuffle_seed=shuffle_seed,
-            )
-            wanted += [images for images, _ in batches.epoch(epoch)]
+    config = replace(small, seed=trial_seed, augment="standard", **mix)
+    run_trial(config, run, ignore)
+    wanted = [
+        images
+        for epoch in (1, 2)
+        for split in ("train", "val")
+        for images, _ in batches_of(config, run, split, mixed=bool(mix)).epoch(epoch)
+    ]
     assert len(seen) == len(wanted) == 8
     assert all(torch.equal(a, b) for a, b in zip(seen, wanted, strict=True))
 
 
-@pytest.mark.usefixtures("small_network")
 def test_writing_files_changes_nothing_of_the_training(
-    config: TrialConfig, run: TrialRun, tmp_path: Path
+    small: TrialConfig, run: TrialRun, tmp_path: Path
 ) -> None:
-    wanted = outcome(run_trial(config, run, ignore))
-    written = run_trial(config, replace(run, folder=tmp_path), ignore)
+    wanted = outcome(run_trial(small, run, ignore))
+    written = run_trial(small, replace(run, folder=tmp_path), ignore)
     assert differences(outcome(written), wanted) == []
 
 
@@ -403,17 +555,10 @@ def test_the_gradients_are_clipped_at_the_asked_norm(config: TrialConfig, run: T
 
 
 def test_a_batch_is_computed_in_the_asked_number_of_parts(
-    config: TrialConfig, run: TrialRun, monkeypatch: pytest.MonkeyPatch
+    config: TrialConfig, run: TrialRun, seen: list[Tensor]
 ) -> None:
-    sizes: list[int] = []
-
-    def build(model: str, num_classes: int) -> nn.Module:
-        network = build_network(model, num_classes)
-        network.conv1.register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
-        return network
-
-    monkeypatch.setattr(trial, "build_network", build)
     run_trial(replace(config, epochs=1, accumulation_steps=4), run, ignore)
+    sizes = [len(images) for images in seen]
     assert sizes == [2] * 8 + [2, 2, 2] + [4]  # 8 + 8 + 6 for training, 4 for validation
 
 
@@ -477,11 +622,8 @@ def table(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(text))
 
 
-@pytest.mark.usefixtures("small_network")
-def test_a_trials_folder_holds_its_files(
-    config: TrialConfig, run: TrialRun, tmp_path: Path
-) -> None:
-    config = replace(config, epochs=3)
+def test_a_trials_folder_holds_its_files(small: TrialConfig, run: TrialRun, tmp_path: Path) -> None:
+    config = replace(small, epochs=3)
     params = {"optimizer": "adamw", "adamw.lr": 1e-2}
     state = run_trial(config, replace(run, folder=tmp_path / "t0001", params=params), ignore)
     folder = tmp_path / "t0001"
@@ -501,12 +643,12 @@ def test_a_trials_folder_holds_its_files(
     assert {p.name for p in (folder / "checkpoints").iterdir()} == kept
 
 
-@pytest.mark.usefixtures("small_network")
+@pytest.mark.parametrize("unfreeze_at", [{}, {2: 3, 3: 0}], ids=repr)
 @pytest.mark.parametrize("done", [1, 2])
 def test_after_a_resume_the_files_are_those_of_an_uninterrupted_trial(
-    done: int, config: TrialConfig, run: TrialRun, tmp_path: Path
+    done: int, unfreeze_at: dict[int, int], small: TrialConfig, run: TrialRun, tmp_path: Path
 ) -> None:
-    config = replace(config, epochs=3)
+    config = replace(small, epochs=3, unfreeze_at=unfreeze_at)
     run_trial(config, replace(run, folder=tmp_path / "straight"), ignore)
     resumed = replace(run, folder=tmp_path / "resumed")
     interrupt_after(config, resumed, done)
@@ -528,9 +670,8 @@ def test_after_a_resume_the_files_are_those_of_an_uninterrupted_trial(
     assert len(content(tmp_path / "straight")["events"]["val/loss"]) == 3
 
 
-@pytest.mark.usefixtures("small_network")
 def test_an_epoch_is_on_disk_before_it_is_reported(
-    config: TrialConfig, run: TrialRun, tmp_path: Path
+    small: TrialConfig, run: TrialRun, tmp_path: Path
 ) -> None:
     seen = []
 
@@ -538,7 +679,7 @@ def test_an_epoch_is_on_disk_before_it_is_reported(
         manifest = json.loads((tmp_path / "checkpoints" / "manifest.json").read_text())
         seen.append((row["epoch"], manifest["last"]["epoch"], len(table(tmp_path / "epochs.csv"))))
 
-    run_trial(config, replace(run, folder=tmp_path), report)
+    run_trial(small, replace(run, folder=tmp_path), report)
     assert seen == [(1, 1, 1), (2, 2, 2)]
 
 

@@ -22,7 +22,7 @@ class TrialRecord:
         params: the sampled values.
         epochs: how many it was to train.
         rows: metrics of each epoch done.
-        applied: what it really trained with; empty before its first epoch.
+        applied: what it really trained with in its newest epoch; empty before its first.
         state: `stopped` is early, by comparison with others; `unfinished` can go on.
         cause: why it did not finish, in a line.
         told: the value that the sampler was told; None where it was told of no value.

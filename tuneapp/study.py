@@ -16,7 +16,7 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from tuneapp.config import RunSettings
+from tuneapp.config import RunSettings, canonical_json
 from tuneapp.errors import ConfigError, SpaceError
 from tuneapp.ledger import Event, Ledger
 from tuneapp.records import Origin, State, TrialRecord, read_records, trials_wanted
@@ -121,8 +121,9 @@ class Study:
         if record.state != "unfinished" or row["epoch"] <= len(record.rows):
             return False
         plain = {k: v for k, v in row.items() if k != "applied"}
-        if not record.applied:
-            self._write("applied", trial=trial_id, applied=dict(row["applied"]))
+        applied = dict(row["applied"])
+        if canonical_json(record.applied) != canonical_json(applied):  # unfreezing changes it
+            self._write("applied", trial=trial_id, applied=applied)
         self._write("epoch", trial=trial_id, row=plain)
         self._live[trial_id].report(row[self.settings.metric], step=row["epoch"])
         return True

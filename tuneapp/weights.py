@@ -288,7 +288,7 @@ def _require_fit(
         share < _LEAST_OF_NETWORK or of_file < _LEAST_OF_FILE or other_shape
     ):
         return share
-    if of_file < _LEAST_OF_FILE:
+    if share >= _LEAST_OF_NETWORK and of_file < _LEAST_OF_FILE:
         said += f", which is {of_file:.0%} of what it holds"
     raise WeightsError(
         f"{said}: it belongs to another network ({report}); to load what fits all the same, set "
