@@ -357,8 +357,9 @@ class Recorder(TorchDispatchMode):
             return [say(v) for v in value] if isinstance(value, list | tuple) else value
 
         said = f"{func} {say(args)} {kwargs}"
-        in_place = func.overloadpacket.__name__.endswith("_")
-        if in_place or said not in self._made:
+        if func.overloadpacket.__name__.endswith("_"):  # in place
+            several, outs = False, [args[0]]
+        elif said not in self._made:
             out = func(*args, **(kwargs or {}))
             several = isinstance(out, list | tuple)
             outs = list(out) if several else [out]

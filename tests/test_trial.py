@@ -38,7 +38,7 @@ from tuneapp.config import (
 )
 from tuneapp.data.source import ImageSet, read_images
 from tuneapp.data.store import open_store
-from tuneapp.data.views import Batch, Batches, evaluation_view, mixing, training_view
+from tuneapp.data.views import Batches, evaluation_view, mixing, training_view
 from tuneapp.errors import CheckpointError, ConfigError, Diverged
 from tuneapp.models import StagedModel, build_network
 from tuneapp.schedules import Schedule
@@ -560,6 +560,325 @@ def test_a_batch_is_computed_in_the_asked_number_of_parts(
     run_trial(replace(config, epochs=1, accumulation_steps=4), run, ignore)
     sizes = [len(images) for images in seen]
     assert sizes == [2] * 8 + [2, 2, 2] + [4]  # 8 + 8 + 6 for training, 4 for validation
+
+
+# --- What is frozen -------------------------------------------------------------------------------
+
+
+def test_patterns_freeze_what_they_match_as_a_depth_would(deep: TrialConfig, run: TrialRun) -> None:
+    config = replace(deep, epochs=2, optimizer=Sgd(lr=0.05), lr_ratio=1.0)
+    by_depth = run_trial(config, run, ignore)
+    patterns = ["conv1.*", "bn1.*", "layer[1-3].*"]
+    by_pattern = run_trial(replace(config, freeze_depth=0, freeze=patterns), run, ignore)
+    assert differences(outcome(by_pattern), outcome(by_depth)) == []
+
+
+def test_a_pattern_may_freeze_parts_of_stages(deep: TrialConfig, run: TrialRun) -> None:
+    config = replace(deep, epochs=1, optimizer=Sgd(lr=0.05, weight_decay=0.1), freeze_depth=0)
+    config = replace(config, freeze=["bn1.*", "*.bn?.*", "*.downsample.1.*", "fc.bias"])
+    start = begin_training(config, run).state.model.state_dict()
+    state = run_trial(config, run, ignore)
+    norms = {
+        name for name, module in state.model.named_modules() if isinstance(module, nn.BatchNorm2d)
+    }
+    for name, tensor in state.model.state_dict().items():
+        is_norm = name.rpartition(".")[0] in norms
+        # Frozen BatchNorm keeps its statistics, too.
+        assert torch.equal(tensor, start[name]) == (is_norm or name.endswith("fc.bias")), name
+    assert len(norms) == 20
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("how", [{"freeze_depth": 4}, {"freeze_depth": 0, "freeze": ["layer?.*"]}])
+def test_the_statistics_of_frozen_batchnorm_stay_or_follow_the_data(
+    how: dict[str, Any], mode: Any, deep: TrialConfig, run: TrialRun
+) -> None:
+    config = replace(deep, epochs=1, frozen_batchnorm=mode, **how)
+    start = begin_training(config, run).state.model.state_dict()
+    rows: list[Row] = []
+    state = run_trial(config, run, rows.append)
+    assert rows[0]["applied"]["frozen_batchnorm"] == mode
+    parameters = dict(state.model.named_parameters())
+    for name, tensor in state.model.state_dict().items():
+        owner = name.rpartition(".")[0]
+        if f"{owner}.weight" in parameters and parameters[f"{owner}.weight"].requires_grad:
+            continue
+        if name.endswith("num_batches_tracked"):
+            assert int(tensor) == (3 if mode == "train" else 0)  # three steps, and no validation
+        else:
+            follows = mode == "train" and ".running_" in name
+            assert torch.equal(tensor, start[name]) != follows, name
+
+
+# --- Mixing, averages, losses ---------------------------------------------------------------------
+
+
+def test_only_the_images_that_are_trained_on_are_mixed(
+    small: TrialConfig, run: TrialRun, seen: list[Tensor]
+) -> None:
+    plain = run_trial(replace(small, epochs=1), run, ignore)
+    unmixed = list(seen)
+    seen.clear()
+    config = replace(small, epochs=1, mixup_alpha=0.4, cutmix_alpha=1.0)
+    mixed = run_trial(config, run, ignore)
+    same = [torch.equal(a, b) for a, b in zip(seen, unmixed, strict=True)]
+    assert same == [False, False, False, True]  # three batches, and that of the validation
+    assert plain.history[0]["train/loss"] != mixed.history[0]["train/loss"]
+
+
+def test_three_colours_are_learned_from_mixtures(config: TrialConfig, run: TrialRun) -> None:
+    config = replace(config, epochs=6, mixup_alpha=0.4, cutmix_alpha=1.0)
+    state = run_trial(config, run, ignore)
+    assert state.history[state.best_epoch - 1]["val/accuracy"] == 1.0
+
+
+def test_the_loss_of_mixtures_is_the_cross_entropy_of_their_shares(
+    config: TrialConfig, run: TrialRun
+) -> None:
+    # Nothing is learned at this rate, and a frozen backbone is in evaluation.
+    config = replace(config, epochs=1, optimizer=Sgd(lr=1e-30), mixup_alpha=0.4)
+    state = run_trial(config, run, ignore)
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for images, shares in batches_of(config, run, "train", mixed=True).epoch(1):
+            logs = state.model.eval()(images).double().log_softmax(dim=1)
+            total -= float((shares * logs).sum())
+            count += len(images)
+    assert state.history[0]["train/loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def scores_by_hand(model: StagedModel, config: TrialConfig, run: TrialRun) -> tuple[float, float]:
+    """Loss and accuracy of a model on the validation images."""
+    losses, right = [], []
+    with torch.no_grad():
+        for images, labels in batches_of(config, run, "val").epoch(1):
+            probabilities = model.eval()(images).double().softmax(dim=1)
+            losses += [-math.log(p[label]) for p, label in zip(probabilities, labels, strict=True)]
+            right += (probabilities.argmax(dim=1) == labels).tolist()
+    return sum(losses) / len(losses), sum(right) / len(right)
+
+
+def test_what_is_validated_and_kept_is_the_average(
+    deep: TrialConfig, run: TrialRun, tmp_path: Path
+) -> None:
+    config = replace(deep, epochs=2, optimizer=Sgd(lr=0.05), ema_decay=0.5)
+    rows: list[Row] = []
+    state = run_trial(config, replace(run, folder=tmp_path), rows.append)
+    assert state.average is not None
+    loss, accuracy = scores_by_hand(state.average.model, config, run)
+    assert rows[-1]["val/loss"] == pytest.approx(loss, rel=1e-5)
+    assert rows[-1]["val/accuracy"] == accuracy
+    trained_loss, _ = scores_by_hand(state.model, config, run)
+    assert trained_loss != pytest.approx(loss, rel=1e-3)
+    assert rows[0]["applied"]["ema_decay"] == 0.5
+
+    kept = torch.load(tmp_path / "checkpoints" / f"epoch-{state.epoch:04d}.pt", weights_only=True)
+    averaged = state.average.model.state_dict()
+    assert all(torch.equal(validated_weights(kept)[n], t) for n, t in averaged.items())
+    best = state.model
+    best.load_state_dict(validated_weights(read_best(tmp_path / "checkpoints")))
+    best_row = state.history[state.best_epoch - 1]
+    assert best_row["val/loss"] == pytest.approx(scores_by_hand(best, config, run)[0], rel=1e-5)
+
+
+def test_an_average_changes_what_is_validated_and_nothing_that_is_trained(
+    deep_small: TrialConfig, run: TrialRun
+) -> None:
+    plain = run_trial(deep_small, run, ignore)
+    averaged = run_trial(replace(deep_small, ema_decay=0.9), run, ignore)
+    for a, b in zip(plain.history, averaged.history, strict=True):
+        assert a["train/loss"] == b["train/loss"]
+    assert plain.history[-1]["val/loss"] != averaged.history[-1]["val/loss"]
+    assert differences(leaves(plain.model.state_dict()), leaves(averaged.model.state_dict())) == []
+
+
+def own_loss(logits: Tensor, targets: Tensor, power: float) -> Tensor:
+    """A loss of one's own: what the true class lacks to certainty, to a power."""
+    return (1 - logits.softmax(dim=1).gather(1, targets.unsqueeze(1))).pow(power).mean()
+
+
+LOSSES: list[Loss] = [
+    CrossEntropy(label_smoothing=0.1),
+    CrossEntropy(class_weights=[1.0, 2.0, 0.5]),
+    c.Focal(),
+    c.BinaryCrossEntropy(pos_weight=2.0),
+    c.Dice(),
+    c.BceDice(),
+    c.Iou(),
+    OwnLoss(loss=f"{__name__}:own_loss", options={"power": 2.0}),
+]
+
+
+def test_every_loss_is_tried() -> None:
+    assert {type(loss) for loss in LOSSES} == set(c.Loss.__args__)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=repr)
+def test_three_colours_are_learned_by_every_loss(
+    loss: Loss, config: TrialConfig, run: TrialRun
+) -> None:
+    config = replace(config, epochs=6, loss=loss)
+    state = run_trial(config, run, ignore)
+    losses = [row["train/loss"] for row in state.history]
+    assert losses[-1] < 0.8 * losses[0]
+    best = state.history[state.best_epoch - 1]
+    assert best["val/accuracy"] == 1.0
+    # Validation is plain cross-entropy, in nats, whatever is minimised.
+    last_loss, last_accuracy = scores_by_hand(state.model, config, run)
+    assert state.history[-1]["val/loss"] == pytest.approx(last_loss, rel=1e-5)
+    assert state.history[-1]["val/accuracy"] == last_accuracy
+
+
+@pytest.fixture
+def uneven(photos: Path, tmp_path: Path) -> ImageSet:
+    """The photos with few greens and fewer reds."""
+    root = tmp_path / "uneven"
+    shutil.copytree(photos, root)
+    for name, kept in (("green", 6), ("red", 4)):
+        for file in sorted((root / name).iterdir())[kept:]:
+            file.unlink()
+    return read_images(str(root), seed=0)
+
+
+def test_balanced_weights_make_all_classes_count_alike(
+    uneven: ImageSet, config: TrialConfig, run: TrialRun
+) -> None:
+    run = replace(run, images=uneven)
+    config = replace(
+        config,
+        epochs=1,
+        batch_size=64,  # all of them
+        optimizer=Sgd(lr=1e-30),
+        loss=CrossEntropy(class_weights="balanced"),
+    )
+    state = run_trial(config, run, ignore)
+    ((images, labels),) = batches_of(config, run, "train").epoch(1)
+    with torch.no_grad():
+        losses = F.cross_entropy(state.model.eval()(images), labels, reduction="none").double()
+    of_class = [losses[labels == label] for label in range(3)]
+    assert len({len(part) for part in of_class}) == 3
+    # Weighted by one over the number of its examples, each class has a third of the mean.
+    wanted = sum(float(part.mean()) for part in of_class) / 3
+    assert state.history[0]["train/loss"] == pytest.approx(wanted, rel=1e-5)
+    assert float(losses.mean()) != pytest.approx(wanted, rel=1e-3)
+
+
+def test_the_gradients_are_cut_at_the_asked_value(config: TrialConfig, run: TrialRun) -> None:
+    config = replace(config, epochs=1, optimizer=Sgd(lr=1.0, momentum=0.0), clip_value=1e-4)
+    start = begin_training(config, run).state.model.state_dict()
+    state = run_trial(config, run, ignore)
+    moved = (state.model.network.fc.weight - start["network.fc.weight"]).detach().abs()
+    # Three steps, each of a ten-thousandth at most: as far as most of them go.
+    assert float(moved.max()) == pytest.approx(3e-4, rel=1e-3)
+    assert float(moved.median()) > 0.9e-4
+    free = run_trial(replace(config, clip_value=None), run, ignore)
+    free_moved = (free.model.network.fc.weight - start["network.fc.weight"]).detach().abs()
+    assert float(free_moved.max()) > 3e-3
+
+
+# --- Networks -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "depth"),
+    [
+        *((model, -1) for model in ("squeezenet1_1", "shufflenet_v2_x0_5", "mobilenet_v3_small")),
+        *((model, 2) for model in ("squeezenet1_1", "shufflenet_v2_x0_5", "mobilenet_v3_small")),
+        ("mnasnet0_5", 0),
+    ],
+)
+def test_other_families_train_above_what_is_frozen(
+    model: str, depth: int, config: TrialConfig, run: TrialRun
+) -> None:
+    config = replace(config, model=model, epochs=1, freeze_depth=depth, lr_ratio=0.5)
+    config = replace(config, optimizer=Sgd(lr=0.01))
+    start = begin_training(config, run).state.model.state_dict()
+    rows: list[Row] = []
+    state = run_trial(config, run, rows.append)
+    names = {id(p): name for name, p in state.model.named_parameters()}
+    frozen = [s.name for s in state.model.stages[:depth]]
+    for stage in state.model.stages:
+        weights = [p for p in stage.parameters() if p.ndim > 1]
+        same = [torch.equal(p, start[names[id(p)]]) for p in weights]
+        assert all(same) if stage.name in frozen else not all(same), stage.name
+    assert [name for name in rows[0] if name.startswith("lr/")] == [
+        f"lr/{stage.name}" for stage in state.model.stages if stage.name not in frozen
+    ]
+
+
+def test_channels_last_is_another_layout_of_the_same_training(
+    config: TrialConfig, run: TrialRun, seen: list[Tensor]
+) -> None:
+    config = replace(config, epochs=1, freeze_depth=4, mixup_alpha=0.4, optimizer=Sgd(lr=0.01))
+    plain = run_trial(config, run, ignore)
+    assert all(images.is_contiguous() for images in seen)
+    seen.clear()
+    rows: list[Row] = []
+    other = run_trial(replace(config, channels_last=True), run, rows.append)
+    assert rows[0]["applied"]["channels_last"]
+    assert all(images.is_contiguous(memory_format=torch.channels_last) for images in seen)
+    kernel = other.model.network.layer4[0].conv1.weight
+    assert kernel.is_contiguous(memory_format=torch.channels_last)
+    assert not kernel.is_contiguous()
+    # The same sums in another order.
+    for name in ("train/loss", "val/loss", "train/grad_norm"):
+        assert other.history[0][name] == pytest.approx(plain.history[0][name], rel=1e-3)
+
+
+def test_a_network_a_loss_and_a_schedule_of_ones_own_train_together(
+    small: TrialConfig, run: TrialRun
+) -> None:
+    config = replace(
+        small,
+        freeze_depth=0,
+        loss=OwnLoss(loss=f"{__name__}:own_loss", options={"power": 1.0}),
+        schedule=OwnSchedule(factor=f"{__name__}:halved"),
+        epochs=3,
+        lr_ratio=0.5,
+    )
+    rows: list[Row] = []
+    state = run_trial(config, run, rows.append)
+    assert isinstance(state.model.network, SmallNetwork)
+    assert [row["lr/head"] for row in rows] == pytest.approx([1e-2, 5e-3, 2.5e-3])
+    assert [row["lr/stem"] for row in rows] == pytest.approx(
+        [f * 1e-2 * 0.5**5 for f in (1, 0.5, 0.25)]
+    )
+    # What the true class lacks to certainty lies in [0, 1].
+    assert all(0 < row["train/loss"] < 1 for row in rows)
+    assert rows[0]["applied"]["schedule"] == "LambdaLR"
+
+
+def test_dropout_and_stochastic_depth_are_those_that_were_asked_for(
+    config: TrialConfig, run: TrialRun
+) -> None:
+    config = replace(config, model="efficientnet_b0", epochs=1, freeze_depth=-2)
+    config = replace(config, dropout=0.45, stochastic_depth=0.3)
+    state = run_trial(config, run, ignore)
+    drops = [m.p for m in state.model.modules() if isinstance(m, nn.Dropout)]
+    skips = [m.p for m in state.model.modules() if isinstance(m, StochasticDepth)]
+    assert drops == [0.45]
+    # A linear rise over the blocks, as in torchvision's own.
+    assert skips == pytest.approx([0.3 * i / (len(skips) - 1) for i in range(len(skips))])
+    own = build_network("efficientnet_b0", 3)
+    theirs = [m.p for m in own.modules() if isinstance(m, StochasticDepth)]
+    assert len(theirs) == len(skips) > 10
+    # Nothing is dropped in validation.
+    loss, _ = scores_by_hand(state.model, config, run)
+    assert state.history[0]["val/loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_another_dropout_is_another_training(with_dropout: TrialConfig, run: TrialRun) -> None:
+    losses = {
+        dropout: run_trial(replace(with_dropout, epochs=1, dropout=dropout), run, ignore).history[
+            0
+        ]["train/loss"]
+        for dropout in (None, 0.2, 0.5, 0.0)
+    }
+    assert losses[None] == losses[0.2]  # MobileNetV3's own
+    assert len(set(losses.values())) == 3
+
+
+# --- Where and how precisely ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

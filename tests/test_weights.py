@@ -5,106 +5,42 @@ import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 import torchvision
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 from torchvision.models import Weights, WeightsEnum
-from torchvision.models.densenet import DenseNet, _load_state_dict
-from torchvision.models.vision_transformer import VisionTransformer
 from torchvision.transforms._presets import ImageClassification
 
+from tests.states import (
+    ONE_STAGE,
+    OWN,
+    OneStage,
+    OwnNet,
+    State,
+    config_of,
+    copied,
+    empty_state,
+    require_equal,
+    saved,
+)
 from tuneapp.average import WeightAverage
 from tuneapp.checkpoint import MANIFEST, TrainState
-from tuneapp.config import Preprocess, Sgd, TrialConfig
+from tuneapp.config import Preprocess, TrialConfig
 from tuneapp.config.trial import INTERPOLATIONS
 from tuneapp.data.source import ImageSet
 from tuneapp.data.store import Preprocessing
 from tuneapp.errors import ConfigError, WeightsError
 from tuneapp.families import FAMILIES
-from tuneapp.models import StagedModel, build_network, build_staged, skeleton
+from tuneapp.models import build_network, build_staged, skeleton
 from tuneapp.optim import build_optimizer
 from tuneapp.schedules import Schedule
-from tuneapp.statedict import read_state_dict
 from tuneapp.weights import find_weights, load_weights, preprocessing_of, require_same_weights
 
 CONTENT = b"forty-two megabytes of weights, more or less"
 HASH = hashlib.sha256(CONTENT).hexdigest()[:8]
 GOOD_NAME = f"tiny-{HASH}.pth"
-
-State = dict[str, Tensor]
-
-
-def config_of(model: str = "resnet18", **values: Any) -> TrialConfig:
-    return TrialConfig(model=model, optimizer=Sgd(lr=0.1), **values)
-
-
-def saved(content: object, file: Path) -> Path:
-    if file.suffix == ".safetensors":
-        safetensors.torch.save_file(content, file)
-    else:
-        torch.save(content, file)
-    return file
-
-
-def copied(network: nn.Module) -> State:
-    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
-
-
-def require_equal(network: nn.Module, wanted: State, *names: str) -> None:
-    """Check the tensors of these names, or else all."""
-    own = network.state_dict()
-    for name in names or own:
-        assert torch.equal(own[name], wanted[name]), name
-
-
-def empty_state(model: str, classes: int = 1000, *, aux: bool = False) -> State:
-    """Zeros in the shapes of a torchvision network, each expanded from one, so hardly a byte."""
-    if classes == 1000:
-        shapes = skeleton(model, None, aux).network.state_dict()
-    elif model.startswith("regnet"):  # computes its widths with numbers
-        shapes = build_network(model, classes).state_dict()
-    else:
-        options = {"aux_logits": aux, "init_weights": False} if FAMILIES[model].aux else {}
-        with torch.device("meta"):
-            network = torchvision.models.get_model(model, num_classes=classes, **options)
-        shapes = network.state_dict()
-    return {k: torch.zeros((), dtype=v.dtype).expand(v.shape) for k, v in shapes.items()}
-
-
-class OwnNet(nn.Module):
-    """A network of one's own: three stages by its children, and a head of two layers."""
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
-        self.body = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
-        self.head = nn.Sequential(nn.Flatten(), nn.Linear(8, 6), nn.Linear(6, num_classes))
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.body(self.stem(x)))
-        return logits
-
-
-class OneStage(nn.Module):
-    """All of it in one child."""
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, num_classes))
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.net(x)
-        return logits
-
-
-OWN = f"{__name__}:OwnNet"
-ONE_STAGE = f"{__name__}:OneStage"
 
 
 @pytest.fixture(scope="module")
@@ -117,227 +53,6 @@ def five_classes() -> State:
 def own_state() -> State:
     torch.manual_seed(6)
     return dict(OwnNet(5).state_dict())
-
-
-# --- Reading a file -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["plain.pt", "plain.pth", "plain.safetensors", "LOUD.SAFETENSORS"])
-def test_a_file_is_read_to_the_same_tensors(name: str, own_state: State, tmp_path: Path) -> None:
-    safe = name.lower().endswith(".safetensors")
-    (safetensors.torch.save_file if safe else torch.save)(own_state, tmp_path / name)
-    state = read_state_dict(tmp_path / name, 0)
-    assert state.keys() == own_state.keys()
-    assert all(torch.equal(state[n], own_state[n]) for n in state)
-    assert all(state[n].dtype == own_state[n].dtype for n in state)
-
-
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda state: {"state_dict": state, "epoch": 3},
-        lambda state: {"model": state, "optimizer": {"lr": 0.1}},
-        lambda state: {"model": state, "ema": None},
-        lambda state: {"model": state, "ema": {"decay": 0.9}},
-        lambda state: {"model": {"x": torch.zeros(1)}, "ema": state},
-        lambda state: {"model": {"x": torch.zeros(1)}, "state_dict": state},
-        lambda state: {"state_dict": state | {"note": "mine"}},
-    ],
-    ids=["state_dict", "model", "no ema", "settings of ema", "ema", "two", "a word"],
-)
-def test_a_state_dict_is_found_in_its_usual_wrappings(
-    wrap: Callable[[State], object], own_state: State, tmp_path: Path
-) -> None:
-    state = read_state_dict(saved(wrap(own_state), tmp_path / "wrapped.pt"), 0)
-    assert state.keys() == own_state.keys()
-    assert all(torch.equal(state[name], own_state[name]) for name in state)
-
-
-def cut_in_half(file: Path) -> None:
-    saved({"conv1.weight": torch.zeros(1000)}, file)
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-
-def lie_about_the_header(file: Path) -> None:
-    file.write_bytes((1 << 40).to_bytes(8, "little") + b"{}")
-
-
-@pytest.mark.parametrize("name", ["spoilt.pt", "spoilt.safetensors"])
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda file: file.write_bytes(bytes(range(256)) * 20),
-        lambda file: file.write_text("<!DOCTYPE html><html>Please log in</html>"),
-        lambda file: file.write_bytes(b""),
-        cut_in_half,
-        lie_about_the_header,
-        lambda file: saved({}, file),
-    ],
-    ids=["garbage", "html", "empty", "truncated", "header", "nothing"],
-)
-def test_a_damaged_file_is_refused_by_name(
-    spoil: Callable[[Path], object], name: str, tmp_path: Path
-) -> None:
-    file = tmp_path / name
-    spoil(file)
-    with pytest.raises(WeightsError, match=re.escape(name)) as caught:
-        load_weights(OwnNet(3), config_of(OWN), file)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "content", [{"epoch": 3}, [torch.zeros(2)], {"model": {"epoch": 3}}, torch.zeros(2)]
-)
-def test_a_file_without_a_state_dict_is_refused_by_name(content: object, tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"other\.pt holds no state_dict"):
-        read_state_dict(saved(content, tmp_path / "other.pt"), 0)
-
-
-@pytest.mark.parametrize("name", ["gone.pt", "gone.safetensors"])
-def test_a_file_that_is_gone_is_named(name: str, tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=rf"{name} cannot be read: No such file"):
-        load_weights(OwnNet(3), config_of(OWN), tmp_path / name)
-
-
-class Touch:
-    """Unpickled as code, it makes a file."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return open, (str(self.marker), "w")
-
-
-def test_code_in_a_file_is_never_run(tmp_path: Path) -> None:
-    marker = tmp_path / "marker"
-    file = saved({"conv1.weight": torch.zeros(2), "extra": Touch(marker)}, tmp_path / "evil.pt")
-    with pytest.raises(WeightsError, match=r"evil\.pt"):
-        read_state_dict(file, 0)
-    assert not marker.exists()
-    # The file does hold code: who trusts it runs it.
-    torch.load(file, weights_only=False)["extra"].close()
-    assert marker.exists()
-
-
-@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_numbers_that_are_not_finite_are_refused_with_the_name_of_their_tensor(
-    value: float, name: str, tmp_path: Path
-) -> None:
-    spoilt = torch.zeros(3, 4)
-    spoilt[1, 2] = value
-    file = saved({"conv1.weight": torch.ones(2), "bn1.bias": spoilt}, tmp_path / name)
-    with pytest.raises(WeightsError, match=rf"{name}: bn1\.bias holds NaN or infinite"):
-        read_state_dict(file, 0)
-
-
-@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
-def test_a_file_that_was_changed_is_read_anew(name: str, tmp_path: Path) -> None:
-    for changed_ns, value in ((1, 3.0), (2, 4.0)):
-        file = saved({"x": torch.tensor(value)}, tmp_path / name)
-        assert float(read_state_dict(file, changed_ns)["x"]) == value
-
-
-def test_what_was_read_does_not_follow_the_file(tmp_path: Path) -> None:
-    file = saved({"x": torch.ones(1000)}, tmp_path / "w.safetensors")
-    state = read_state_dict(file, 0)
-    with file.open("r+b") as content:
-        content.write(bytes(file.stat().st_size))
-    assert torch.equal(state["x"], torch.ones(1000))
-
-
-# --- Prefixes -------------------------------------------------------------------------------------
-
-
-def under(prefix: str, state: State) -> State:
-    return {prefix + name: tensor for name, tensor in state.items()}
-
-
-@pytest.mark.parametrize(
-    "prefix",
-    [
-        *("module.", "_orig_mod.", "network.", "model.", "anything.", "module.network."),
-        *("module._orig_mod.", "a.b.c.", "module.module.", "stem.", "fc.", "0."),
-    ],
-)
-def test_a_prefix_is_taken_off_by_what_fits_without_it(
-    prefix: str, five_classes: State, tmp_path: Path
-) -> None:
-    network = build_network("resnet18", 5)
-    file = saved(under(prefix, five_classes), tmp_path / "wrapped.pt")
-    report = load_weights(network, config_of(), file)
-    require_equal(network, five_classes)
-    assert str(report) == "122 tensors loaded"
-
-
-def averaged(network: nn.Module) -> nn.Module:
-    average = AveragedModel(network)
-    average.update_parameters(network)
-    return average
-
-
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        nn.DataParallel,
-        torch.compile,
-        averaged,
-        lambda network: nn.DataParallel(torch.compile(network)),
-        lambda network: averaged(nn.DataParallel(network)),
-        lambda network: StagedModel(network),
-    ],
-    ids=["DataParallel", "compile", "average", "both", "average of both", "staged"],
-)
-def test_what_torch_wraps_a_network_in_is_taken_off(
-    wrap: Callable[[nn.Module], nn.Module], own_state: State, tmp_path: Path
-) -> None:
-    donor, network = OwnNet(5), OwnNet(5)
-    donor.load_state_dict(own_state)
-    state = wrap(donor).state_dict()
-    assert not state.keys() & own_state.keys()
-    report = load_weights(network, config_of(OWN), saved(state, tmp_path / "wrapped.pt"))
-    require_equal(network, own_state)
-    assert (report.missing, report.unexpected, report.other_shape) == ((), (), ())
-
-
-def test_a_prefix_is_taken_off_a_head_of_another_size_too(
-    five_classes: State, tmp_path: Path
-) -> None:
-    network = build_network("resnet18", 3)
-    file = saved(under("module.", five_classes), tmp_path / "wrapped.pt")
-    report = load_weights(network, config_of(), file)
-    assert report.other_shape == ("fc.weight", "fc.bias")
-    assert report.unexpected == ()
-
-
-def test_a_backbone_within_a_larger_network_is_found(five_classes: State, tmp_path: Path) -> None:
-    network = build_network("resnet18", 5)
-    whole = under("model.backbone.", five_classes)
-    whole |= {"model.neck.weight": torch.ones(9), "loss.weight": torch.ones(5)}
-    report = load_weights(network, config_of(), saved(whole, tmp_path / "whole.pt"))
-    require_equal(network, five_classes)
-    assert set(report.unexpected) == {"model.neck.weight", "loss.weight"}
-
-
-def test_prefixes_of_which_one_stays_in_the_other_are_both_taken_off(
-    own_state: State, tmp_path: Path
-) -> None:
-    wrapped = {
-        ("module." if name.startswith("head.") else "module.net.") + name: tensor
-        for name, tensor in own_state.items()
-    }
-    network = OwnNet(5)
-    report = load_weights(network, config_of(OWN), saved(wrapped, tmp_path / "wrapped.pt"))
-    require_equal(network, own_state)
-    assert report.unexpected == ()
-
-
-def test_of_two_networks_in_one_file_none_is_guessed(five_classes: State, tmp_path: Path) -> None:
-    two = under("query.", five_classes) | under("key.", five_classes)
-    file = saved(two, tmp_path / "two.pt")
-    with pytest.raises(WeightsError, match=r"0% .*244 not of this network \(query\.conv1\.weight"):
-        load_weights(build_network("resnet18", 5), config_of(), file)
 
 
 # --- What fits ------------------------------------------------------------------------------------
@@ -465,43 +180,6 @@ def test_mnasnet_is_told_the_version_that_it_asks_for(tmp_path: Path) -> None:
     require_equal(network, wanted)
 
 
-def densenet() -> DenseNet:
-    return DenseNet(growth_rate=4, block_config=(2, 2, 2, 2), num_init_features=8, num_classes=3)
-
-
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_a_densenet_is_found_under_the_names_that_torchvision_s_files_have(
-    prefix: str, tmp_path: Path
-) -> None:
-    old = {
-        re.sub(r"(denselayer\d)\.(norm|conv)(\d)", r"\1.\2.\3", name): tensor
-        for name, tensor in copied(densenet()).items()
-        if not name.endswith("num_batches_tracked")  # which those files lack
-    }
-    assert "features.denseblock1.denselayer1.norm.1.weight" in old
-    # torchvision's own way to load them, which wants an entry of its list.
-    wanted = densenet()
-    _load_state_dict(wanted, SimpleNamespace(get_state_dict=lambda **_: dict(old)), False)
-    network = densenet()
-    file = saved(under(prefix, old), tmp_path / "w.pt")
-    assert load_weights(network, config_of("densenet121"), file).unexpected == ()
-    require_equal(network, wanted.state_dict())
-
-
-def test_a_file_of_a_network_s_own_that_only_sounds_old_keeps_its_names(tmp_path: Path) -> None:
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.mlp = nn.ModuleDict({"linear_1": nn.Linear(8, 8), "0": nn.Linear(8, 8)})
-
-    network, donor = OwnNet(3), OwnNet(3)
-    network.body.append(Block())
-    donor.body.append(Block())
-    wanted = copied(donor)
-    load_weights(network, config_of(OWN), saved(wanted, tmp_path / "w.pt"))
-    require_equal(network, wanted)
-
-
 # --- Of another network ---------------------------------------------------------------------------
 
 
@@ -602,110 +280,6 @@ def test_a_file_of_which_nothing_fits_is_no_part_either(
     with pytest.raises(WeightsError, match=r"vgg\.pt fits 0% of resnet18's") as caught:
         load_weights(build_network("resnet18", 5), config, file)
     assert "partial_weights" not in str(caught.value)  # it would not help
-
-
-# --- Vision transformers at another image size ----------------------------------------------------
-
-
-def vit(image_size: int, patch_size: int = 8, classes: int = 3) -> VisionTransformer:
-    net = VisionTransformer(
-        image_size,
-        patch_size,
-        num_layers=2,
-        num_heads=2,
-        hidden_dim=8,
-        mlp_dim=16,
-        num_classes=classes,
-    )
-    nn.init.normal_(net.heads.head.weight)
-    return net
-
-
-POSITIONS = "encoder.pos_embedding"
-
-
-def grid(positions: Tensor) -> Tensor:
-    """Position embeddings without that of the class token, (rows, columns, hidden)."""
-    side = round((positions.shape[1] - 1) ** 0.5)
-    return positions[0, 1:].reshape(side, side, -1)
-
-
-@pytest.mark.parametrize(("theirs", "ours"), [(16, 32), (32, 16), (32, 64), (24, 40)])
-def test_position_embeddings_are_interpolated_for_another_image_size(
-    theirs: int, ours: int, tmp_path: Path
-) -> None:
-    state, network = copied(vit(theirs)), vit(ours, classes=5)
-    # What interpolation must give back: a ramp over the rows, 0 to 1.
-    ramp = torch.linspace(0, 1, theirs // 8)[:, None].expand(theirs // 8, theirs // 8).flatten()
-    state[POSITIONS][0, 1:, 0] = ramp
-    report = load_weights(network, config_of("vit_b_16"), saved(state, tmp_path / "vit.pt"))
-    assert report.interpolated == (POSITIONS,)
-    assert set(report.other_shape) == {"heads.head.weight", "heads.head.bias"}
-    assert "1 interpolated for another image size (encoder.pos_embedding)" in str(report)
-    got, given = network.state_dict()[POSITIONS], state[POSITIONS]
-    assert got.shape == (1, 1 + (ours // 8) ** 2, 8)
-    assert torch.equal(got[0, 0], given[0, 0])  # the class token has no place
-    for row in (0, -1):
-        for column in (0, -1):  # corners lie upon corners
-            torch.testing.assert_close(grid(got)[row, column], grid(given)[row, column])
-    columns = grid(got)[:, :, 0]
-    torch.testing.assert_close(columns, columns[:, :1].expand_as(columns))
-    assert (columns[:, 0].diff() > 0).all()
-    rest = [name for name in report.loaded if name != POSITIONS]
-    require_equal(network, state, *rest)
-    network.eval()(torch.zeros(1, 3, ours, ours))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_position_embeddings_of_every_precision_are_interpolated(
-    dtype: torch.dtype, tmp_path: Path
-) -> None:
-    state = {name: tensor.to(dtype) for name, tensor in copied(vit(16)).items()}
-    network = vit(32)
-    load_weights(network, config_of("vit_b_16"), saved(state, tmp_path / "vit.safetensors"))
-    got = network.state_dict()[POSITIONS]
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(grid(got)[0, 0], grid(state[POSITIONS].float())[0, 0])
-
-
-def test_position_embeddings_of_the_same_number_are_kept(tmp_path: Path) -> None:
-    state, network = copied(vit(32)), vit(32)
-    report = load_weights(network, config_of("vit_b_16"), saved(state, tmp_path / "vit.pt"))
-    require_equal(network, state)
-    assert report.interpolated == ()
-
-
-def test_patches_of_another_size_are_another_network(tmp_path: Path) -> None:
-    # The same grid of 4 x 4 patches, so that the positions fit.
-    file = saved(copied(vit(64, patch_size=16)), tmp_path / "vit.pt")
-    with pytest.raises(WeightsError, match=r"1 of another shape \(conv_proj\.weight\)"):
-        load_weights(vit(32, patch_size=8), config_of("vit_b_32"), file)
-
-
-def test_position_embeddings_that_are_no_square_are_said(tmp_path: Path) -> None:
-    state = {**copied(vit(32)), POSITIONS: torch.zeros(1, 8, 8)}
-    file = saved(state, tmp_path / "vit.pt")
-    with pytest.raises(WeightsError, match=r"1 of another shape \(encoder\.pos_embedding\)"):
-        load_weights(vit(32), config_of("vit_b_16"), file)
-
-
-@pytest.mark.parametrize("size", [32, 64])
-def test_a_vit_is_found_under_the_names_that_torchvision_s_files_have(
-    size: int, tmp_path: Path
-) -> None:
-    state = copied(vit(32))
-    old = {
-        name.replace(".mlp.0.", ".mlp.linear_1.").replace(".mlp.3.", ".mlp.linear_2."): tensor
-        for name, tensor in state.items()
-    }
-    assert "encoder.layers.encoder_layer_0.mlp.linear_1.weight" in old
-    oracle = vit(32)
-    oracle.load_state_dict(dict(old))  # torchvision's blocks know them, where a version is lacking
-    require_equal(oracle, state)
-    network = vit(size)
-    report = load_weights(network, config_of("vit_b_16"), saved(old, tmp_path / "vit.pt"))
-    assert (report.missing, report.unexpected) == ((), ())
-    require_equal(network, state, *(name for name in state if name != POSITIONS))
 
 
 # --- A network of one's own -----------------------------------------------------------------------
