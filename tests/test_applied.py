@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-import tuneapp.trial as trial
+import tuneapp.training as training
 from tuneapp.applied import Applied, read_back, require_applied, require_batches
 from tuneapp.average import WeightAverage
 from tuneapp.checkpoint import TrainState
@@ -41,7 +41,8 @@ from tuneapp.models import StagedModel, build_network, freeze_as
 from tuneapp.optim import build_optimizer
 from tuneapp.schedules import Schedule as Running
 from tuneapp.schedules import warmup_steps
-from tuneapp.trial import TrialRun, run_trial
+from tuneapp.training import TrialRun
+from tuneapp.trial import run_trial
 
 CPU = torch.device("cpu")
 PLAIN = Precision("cpu", torch.float32)
@@ -411,7 +412,7 @@ def test_the_batches_really_seen_are_compared_with_those_asked(
 # --- Builders that do something else --------------------------------------------------------------
 
 Broken = dict[str, object]
-"""What stands in the place of what, by names in `tuneapp.trial` or by whole paths."""
+"""What stands in the place of what, by names in `tuneapp.training` or by whole paths."""
 
 
 def changed_optimizer(change: Callable[[torch.optim.Optimizer], object]) -> Broken:
@@ -425,7 +426,7 @@ def changed_optimizer(change: Callable[[torch.optim.Optimizer], object]) -> Brok
 
 def changed_config(part: str, **values: object) -> Broken:
     """Let the builder of `part` see another configuration than the trial's."""
-    really = getattr(trial, part)
+    really = getattr(training, part)
 
     def build(*args: Any) -> Any:
         changed = (replace(a, **values) if isinstance(a, TrialConfig) else a for a in args)
@@ -435,7 +436,7 @@ def changed_config(part: str, **values: object) -> Broken:
 
 
 def changed_model(change: Callable[[StagedModel], object]) -> Broken:
-    really = trial._build_model
+    really = training._build_model
 
     def build(*args: Any) -> StagedModel:
         model = really(*args)
@@ -446,7 +447,7 @@ def changed_model(change: Callable[[StagedModel], object]) -> Broken:
 
 
 def changed_state(change: Callable[[TrainState], object]) -> Broken:
-    really = trial._begin
+    really = training._begin
 
     def build(*args: Any) -> TrainState:
         state = really(*args)
@@ -741,7 +742,7 @@ def small(config: TrialConfig, **values: Any) -> TrialConfig:
 
 def put_in_place(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, builder in broken.items():
-        monkeypatch.setattr(name if "." in name else f"tuneapp.trial.{name}", builder)
+        monkeypatch.setattr(name if "." in name else f"tuneapp.training.{name}", builder)
 
 
 @pytest.mark.parametrize(("values", "broken", "told"), BROKEN.values(), ids=BROKEN.keys())

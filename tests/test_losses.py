@@ -495,7 +495,7 @@ def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[object],
     def offer(thing: object) -> str:
         module = types.ModuleType("own_losses")
         module.thing = thing
-        own.offer("own_losses", module, tmp_path)
+        own.offer("own_losses", module)
         return "own_losses:thing"
 
     return offer

@@ -17,10 +17,9 @@ from tuneapp.errors import ConfigError, RunError, did_you_mean
 _spaces: dict[str, types.ModuleType] = {}
 
 
-def offer(name: str, module: types.ModuleType, folder: Path) -> None:
-    """Let `name:...` stand for what `module` defines, and modules in `folder` be imported."""
+def offer(name: str, module: types.ModuleType) -> None:
+    """Let `name:...` stand for what `module`, an executed space, defines."""
     _spaces[name] = module
-    import_from([str(folder.absolute())])
 
 
 def import_from(folders: Iterable[str]) -> None:

@@ -21,7 +21,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from tuneapp import config as config_names
 from tuneapp.config import TrialConfig
 from tuneapp.errors import ConfigError, SpaceError, did_you_mean
-from tuneapp.own import offer
+from tuneapp.own import import_from, offer
 from tuneapp.scripted import Params, Probe, ScriptedTrial, describe
 
 MAX_PROBED_BRANCHES = 512
@@ -63,11 +63,12 @@ class SearchSpace:
         self.path = path
         module = types.ModuleType("search_space_file")
         module.__file__ = str(path)
+        import_from([str(path.parent.absolute())])
         try:
             exec(compile(text, str(path), "exec"), module.__dict__)  # noqa: S102 - a space is code
         except Exception as error:
             raise SpaceError(f"{_place(error, path)}: {_say(error)}") from error
-        offer(path.stem, module, path.parent)
+        offer(path.stem, module)
         self._function = getattr(module, "search_space", None)
         if not callable(self._function):
             raise SpaceError(

@@ -1,0 +1,152 @@
+import hashlib
+import importlib
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tuneapp import own
+from tuneapp.errors import ConfigError, RunError
+
+
+@pytest.fixture(autouse=True)
+def apart(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Undo what is offered and imported."""
+    modules = set(sys.modules)
+    monkeypatch.setattr(own, "_spaces", {})
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield
+    for name in set(sys.modules) - modules:
+        del sys.modules[name]
+    importlib.invalidate_caches()
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    file = folder / f"{name}.py"
+    file.write_text(text)
+    importlib.invalidate_caches()
+    return file
+
+
+def space(**values: object) -> types.ModuleType:
+    module = types.ModuleType("a_space")
+    vars(module).update(values)
+    return module
+
+
+# --- Finding --------------------------------------------------------------------------------------
+
+
+def test_an_object_is_found_by_its_import_path(tmp_path: Path) -> None:
+    (tmp_path / "pack").mkdir()
+    write(tmp_path / "pack", "__init__", "")
+    write(tmp_path / "pack", "inner", "def build(n):\n    return n + 1\n")
+    own.import_from([str(tmp_path)])
+    assert own.find_own("pack.inner:build", "model")(3) == 4
+    assert own.find_own("math:sqrt", "loss")(4) == 2
+
+
+def test_what_a_space_defines_is_found_in_the_text_that_was_executed(tmp_path: Path) -> None:
+    write(tmp_path, "my_space", "def build(n):\n    return 'the file'\n")
+    own.offer("my_space", space(build=lambda n: "the text"), tmp_path)
+    assert own.find_own("my_space:build", "model")(3) == "the text"
+    own.offer("my_space", space(build=lambda n: "a newer text"), tmp_path)
+    assert own.find_own("my_space:build", "model")(3) == "a newer text"
+
+
+def test_modules_beside_a_space_can_be_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "spaces", "beside_it", "def build(n):\n    return n\n")
+    monkeypatch.chdir(tmp_path)
+    own.offer("my_space", space(), Path("spaces"))
+    assert sys.path[-1] == str(tmp_path / "spaces")  # wherever the process goes from here
+    monkeypatch.chdir("/")
+    assert own.find_own("beside_it:build", "model")(5) == 5
+
+
+def test_folders_come_after_everything_else_and_once(tmp_path: Path) -> None:
+    write(tmp_path, "colorsys", "build = print\n")  # as a module of Python's is called
+    before = [*sys.path]
+    own.import_from([str(tmp_path), before[0]])
+    own.import_from([str(tmp_path)])
+    assert sys.path == [*before, str(tmp_path)]
+    with pytest.raises(ConfigError, match="colorsys has no build"):
+        own.find_own("colorsys:build", "model")
+
+
+BROKEN = "import math\nvalue = 1 / 0\n"
+MODULE = "import os\n_hidden = print\nnumber = 3\n\ndef build_network(n):\n    return n\n"
+
+
+@pytest.mark.parametrize(
+    ("reference", "told"),
+    [
+        (
+            "not_there:build",
+            "model 'not_there:build': cannot import not_there: ModuleNotFoundError: No module "
+            "named 'not_there'; it must be importable from here, or lie beside the search space",
+        ),
+        (
+            "broken:build",
+            "model 'broken:build': cannot import broken: ZeroDivisionError: division by zero; it "
+            "must be importable from here, or lie beside the search space",
+        ),
+        (
+            "mine:bild_network",
+            "model 'mine:bild_network': mine has no bild_network; did you mean 'build_network'?",
+        ),
+        ("mine:other", "model 'mine:other': mine has no other"),
+        ("mine:number", "model 'mine:number': mine cannot call its number"),
+        ("offered:buidl", "model 'offered:buidl': offered has no buidl; did you mean 'build'?"),
+    ],
+)
+def test_what_cannot_be_found_is_told_with_the_cause(
+    tmp_path: Path, reference: str, told: str
+) -> None:
+    write(tmp_path, "broken", BROKEN)
+    write(tmp_path, "mine", MODULE)
+    own.offer("offered", space(build=print), tmp_path)
+    with pytest.raises(ConfigError) as error:
+        own.find_own(reference, "model")
+    assert str(error.value) == told
+
+
+def test_the_field_in_which_it_was_written_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"^schedule 'not_there:f': cannot import"):
+        own.find_own("not_there:f", "schedule")
+
+
+# --- Whether it is still the same code ------------------------------------------------------------
+
+
+def test_a_fingerprint_is_the_file_and_its_sha256(tmp_path: Path) -> None:
+    file = write(tmp_path, "marked", "def build(n):\n    return n\n")
+    own.import_from([str(tmp_path)])
+    wanted = hashlib.sha256(b"def build(n):\n    return n\n").hexdigest()
+    assert own.fingerprint("marked:build") == (str(file), wanted)
+    file.write_text("def build(n):\n    return n + 1\n")
+    assert own.fingerprint("marked:build") != (str(file), wanted)
+
+
+def test_what_has_no_file_of_its_own_has_no_fingerprint(tmp_path: Path) -> None:
+    write(tmp_path, "my_space", "build = print\n")
+    own.offer("my_space", space(build=print), tmp_path)
+    assert own.fingerprint("my_space:build") is None  # its text is kept with the run
+    assert own.fingerprint("sys:exit") is None
+
+
+def test_code_that_has_changed_or_gone_is_refused(tmp_path: Path) -> None:
+    one, two = write(tmp_path, "one", "a = 1\n"), write(tmp_path, "two", "b = 2\n")
+    code = {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in (one, two)}
+    own.require_same_code({})
+    own.require_same_code(code)
+    two.write_text("b = 3\n")
+    with pytest.raises(RunError, match=rf"^{two} has changed since this run began; restore it"):
+        own.require_same_code(code)
+    two.unlink()
+    with pytest.raises(RunError, match=rf"^{two}, which this run uses, cannot be read: "):
+        own.require_same_code(code)
