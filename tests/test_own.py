@@ -51,21 +51,12 @@ def test_an_object_is_found_by_its_import_path(tmp_path: Path) -> None:
 
 def test_what_a_space_defines_is_found_in_the_text_that_was_executed(tmp_path: Path) -> None:
     write(tmp_path, "my_space", "def build(n):\n    return 'the file'\n")
-    own.offer("my_space", space(build=lambda n: "the text"), tmp_path)
+    own.import_from([str(tmp_path)])
+    assert own.find_own("my_space:build", "model")(3) == "the file"
+    own.offer("my_space", space(build=lambda n: "the text"))
     assert own.find_own("my_space:build", "model")(3) == "the text"
-    own.offer("my_space", space(build=lambda n: "a newer text"), tmp_path)
+    own.offer("my_space", space(build=lambda n: "a newer text"))
     assert own.find_own("my_space:build", "model")(3) == "a newer text"
-
-
-def test_modules_beside_a_space_can_be_imported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write(tmp_path / "spaces", "beside_it", "def build(n):\n    return n\n")
-    monkeypatch.chdir(tmp_path)
-    own.offer("my_space", space(), Path("spaces"))
-    assert sys.path[-1] == str(tmp_path / "spaces")  # wherever the process goes from here
-    monkeypatch.chdir("/")
-    assert own.find_own("beside_it:build", "model")(5) == 5
 
 
 def test_folders_come_after_everything_else_and_once(tmp_path: Path) -> None:
@@ -109,7 +100,8 @@ def test_what_cannot_be_found_is_told_with_the_cause(
 ) -> None:
     write(tmp_path, "broken", BROKEN)
     write(tmp_path, "mine", MODULE)
-    own.offer("offered", space(build=print), tmp_path)
+    own.offer("offered", space(build=print))
+    own.import_from([str(tmp_path)])
     with pytest.raises(ConfigError) as error:
         own.find_own(reference, "model")
     assert str(error.value) == told
@@ -134,7 +126,8 @@ def test_a_fingerprint_is_the_file_and_its_sha256(tmp_path: Path) -> None:
 
 def test_what_has_no_file_of_its_own_has_no_fingerprint(tmp_path: Path) -> None:
     write(tmp_path, "my_space", "build = print\n")
-    own.offer("my_space", space(build=print), tmp_path)
+    own.offer("my_space", space(build=print))
+    own.import_from([str(tmp_path)])
     assert own.fingerprint("my_space:build") is None  # its text is kept with the run
     assert own.fingerprint("sys:exit") is None
 

@@ -2,6 +2,7 @@ import json
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 
 import pytest
@@ -32,6 +33,8 @@ RECORD = RunRecord(
     gpus_per_trial=0.5,
     concurrent=3,
     time_budget_s=1.5,
+    import_from=("/somewhere", "/elsewhere/ü"),
+    code={"/somewhere/nets.py": "0" * 64},
 )
 
 
@@ -168,6 +171,17 @@ def test_a_record_comes_back_as_it_was_written(tmp_path):
     assert plain["format"] == FORMAT
     assert plain["versions"]["optuna"] == version("optuna")
     assert plain["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+
+
+def test_a_record_without_code_of_the_users_own_has_none(tmp_path):
+    write_record(RunDir(tmp_path), RECORD)
+    file = tmp_path / "run.json"
+    plain = json.loads(file.read_text(encoding="utf-8"))
+    del plain["import_from"], plain["code"]
+    file.write_text(json.dumps(plain))
+    record = open_run(tmp_path)[1]
+    assert (record.import_from, record.code) == ((), {})
+    assert replace(record, import_from=RECORD.import_from, code=RECORD.code) == RECORD
 
 
 def test_a_run_of_a_newer_format_is_refused_with_the_version_that_made_it(tmp_path):

@@ -5,8 +5,11 @@ import pytest
 from optuna.distributions import CategoricalDistribution
 
 from tuneapp.config import AdamW, Sgd, TrialConfig
-from tuneapp.models import check_model
+from tuneapp.losses import check_loss
+from tuneapp.models import check_image_size, check_model
+from tuneapp.schedules import check_schedule
 from tuneapp.space import SearchSpace
+from tuneapp.weights import preprocessing_of
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "search_spaces").rglob("*.py"))
@@ -77,6 +80,16 @@ def test_a_parameter_of_one_branch_carries_the_branch_in_its_name(path):
 
 
 @every_space
-def test_adamw_and_sgd_are_both_searched(path):
-    kinds = {type(branch.config.optimizer) for branch in SearchSpace.read(path).branches()}
-    assert kinds >= {AdamW, Sgd}
+def test_every_branch_can_be_trained_on_the_embedded_images(path):
+    size, num_classes = 32, 10
+    for branch in SearchSpace.read(path).branches():
+        config = branch.config
+        assert check_schedule(config) == [], branch.params
+        assert check_loss(config.loss, num_classes) == [], branch.params
+        assert preprocessing_of(config, size).crop_size == (config.image_size or size)
+        assert check_image_size(config, config.image_size or size) == [], branch.params
+
+
+def test_adamw_and_sgd_are_both_searched_for_a_resnet():
+    space = SearchSpace.read(ROOT / "search_spaces" / "resnet.py")
+    assert {type(branch.config.optimizer) for branch in space.branches()} == {AdamW, Sgd}

@@ -11,6 +11,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 
+from tuneapp import config, own
 from tuneapp.config import AdamW, Sgd, TrialConfig
 from tuneapp.errors import ConfigError, SpaceError
 from tuneapp.space import SearchSpace, describe, parse_value
@@ -121,7 +122,8 @@ def test_a_folder_and_a_binary_file_are_no_search_space(tmp_path):
         ("x = 1\n\n\nx = y\n", r"space\.py:4: NameError: name 'y' is not defined"),
         ("def f():\n    return 1 / 0\n\nf()\n", r"space\.py:2: ZeroDivisionError: "),
         ("import not_a_module_at_all\n", r"space\.py:1: ModuleNotFoundError: .*not_a_module"),
-        ("from tuneapp.config import AdanW\n", r"space\.py:1: ImportError: .*AdanW"),
+        ("import tuneapp.confg\n", r"space\.py:1: ModuleNotFoundError: .*tuneapp\.confg"),
+        ("from optuna import Trail\n", r"space\.py:1: ImportError: .*Trail"),
         ("def serch_space(trial):\n    pass\n", r"space\.py: no function `search_space`"),
         ("search_space = 3\n", r"space\.py: no function `search_space`"),
         ("", r"space\.py: no function `search_space`; a search space is a file with `def"),
@@ -132,10 +134,76 @@ def test_a_file_that_is_no_search_space_is_named_with_the_line(text, said):
         as_space(text)
 
 
+@pytest.mark.parametrize("name", ["Cosin", "AdanW", "Metric2"])
+def test_a_name_that_the_configuration_does_not_have_is_answered_with_those_it_has(name):
+    with pytest.raises(SpaceError) as caught:
+        as_space(f"import math\nfrom tuneapp.config import Sgd, {name}\n")
+    message = str(caught.value)
+    begin = f"space.py:2: cannot import name '{name}' from 'tuneapp.config'; it has "
+    assert message.startswith(begin)
+    assert "\n" not in message
+    # All classes that are written in a space, and nothing that is none.
+    told = message.removeprefix(begin).split(", ")
+    assert told == sorted(told)
+    groups = (config.Optimizer, config.Schedule, config.Loss)
+    choices = {choice.__name__ for group in groups for choice in group.__args__}
+    assert set(told) >= {*choices, "TrialConfig", "Preprocess"}
+    assert all(isinstance(getattr(config, each), type) for each in told)
+
+
 @pytest.mark.parametrize("listed", ["{'a': 1}", "[1]", "3", "['a']", "None", "[{}, 0]"])
 def test_first_trials_must_be_a_list_of_dicts(listed):
     with pytest.raises(SpaceError, match="FIRST_TRIALS must be a list of dicts name -> value"):
         as_space(f"FIRST_TRIALS = {listed}\ndef search_space(trial):\n    pass\n")
+
+
+# --- Code beside the space and in it --------------------------------------------------------------
+
+
+@pytest.fixture
+def own_modules(monkeypatch):
+    """Forget the modules of the user's own that a test has made."""
+    monkeypatch.setattr(own, "_spaces", {})
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if name.startswith("my_"):
+            del sys.modules[name]
+
+
+NETWORK = "def build(num_classes):\n    return {answer}\n"
+PLAIN = "def search_space(trial):\n    pass\n"
+
+
+@pytest.mark.usefixtures("own_modules")
+def test_what_a_space_defines_is_found_under_the_name_of_its_file(tmp_path):
+    path = tmp_path / "my_space.py"
+    SearchSpace(PLAIN + NETWORK.format(answer="num_classes"), path)
+    assert own.find_own("my_space:build", "model")(7) == 7
+    # Neither is there such a file, nor is the space anything that can be imported.
+    assert not path.exists()
+    assert "my_space" not in sys.modules
+
+
+@pytest.mark.usefixtures("own_modules")
+def test_the_text_that_was_executed_last_is_what_the_name_stands_for(tmp_path):
+    path = tmp_path / "my_space.py"
+    path.write_text(PLAIN + NETWORK.format(answer="'edited'"))
+    SearchSpace(PLAIN + NETWORK.format(answer="'kept'"), path)
+    assert own.find_own("my_space:build", "model")(1) == "kept"
+    SearchSpace.read(path)
+    assert own.find_own("my_space:build", "model")(1) == "edited"
+
+
+@pytest.mark.usefixtures("own_modules")
+def test_a_module_beside_the_space_is_found(tmp_path):
+    (tmp_path / "my_nets.py").write_text(NETWORK.format(answer="'beside'"))
+    path = tmp_path / "my_space.py"
+    path.write_text("import my_nets\nANSWER = my_nets.build(1)\n" + PLAIN)
+    SearchSpace.read(path)
+    assert own.find_own("my_nets:build", "model")(1) == "beside"
 
 
 # --- Calling -------------------------------------------------------------------------------------
