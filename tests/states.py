@@ -1,5 +1,6 @@
 """State dicts and small networks for the tests of weights."""
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -78,5 +79,12 @@ class OneStage(nn.Module):
         return logits
 
 
+def ladder(num_classes: int) -> nn.Module:
+    """Ten stages of sixteen numbers under a head."""
+    steps = {f"step{i}": nn.Linear(4, 4, bias=False) for i in range(10)}
+    return nn.Sequential(OrderedDict({**steps, "head": nn.Linear(4, num_classes)}))
+
+
 OWN = f"{__name__}:OwnNet"
 ONE_STAGE = f"{__name__}:OneStage"
+LADDER = f"{__name__}:ladder"

@@ -47,6 +47,11 @@ def staged(model: str = "resnet18", classes: int = 3) -> StagedModel:
     return StagedModel(build_network(model, classes), find_family(model))
 
 
+def on_meta(model: str) -> nn.Module:
+    with torch.device("meta"):
+        return build_network(model, 3)
+
+
 @pytest.fixture
 def pictures() -> Tensor:
     return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -144,6 +149,15 @@ def test_frozen_stages_stay_in_eval_mode_whatever_train_is_told(depth: int) -> N
         assert module.training == (not f"{name}.".startswith(prefixes_below(depth))), name
     net.eval()
     assert not any(module.training for module in norms_of(net).values())
+
+
+def test_nothing_drops_out_in_frozen_stages() -> None:
+    net = StagedModel(on_meta("alexnet"), find_family("alexnet"))
+    net.train()
+    net.freeze(6)  # all but `fc7` and the head
+    assert [net.network.classifier[i].training for i in (0, 3)] == [False, True]
+    net.freeze(0)
+    assert [net.network.classifier[i].training for i in (0, 3)] == [True, True]
 
 
 def step(net: StagedModel, pictures: Tensor) -> set[str]:
@@ -346,11 +360,6 @@ def test_a_mapping_may_leave_frozen_stages_out() -> None:
 # --- Dropout --------------------------------------------------------------------------------------
 
 
-def on_meta(model: str) -> nn.Module:
-    with torch.device("meta"):
-        return build_network(model, 3)
-
-
 def test_dropout_is_set_in_every_dropout_layer() -> None:
     network = on_meta("alexnet")
     assert set_dropout(network, 0.2, None) == (2, 0)
@@ -496,7 +505,7 @@ def test_asking_about_a_network_draws_nothing() -> None:
     skeleton.__globals__["_skeleton"].cache_clear()
     state = torch.get_rng_state()
     check_image_size(config_of(model="shufflenet_v2_x0_5"), 32)
-    check_model(config_of(model="squeezenet1_1", dropout=0.1))
+    check_model(config_of(model="swin_t", dropout=0.1))
     assert torch.equal(torch.get_rng_state(), state)
     assert {p.device.type for p in skeleton("regnet_y_400mf").parameters()} == {"meta"}
 

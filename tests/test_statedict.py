@@ -244,6 +244,26 @@ def test_prefixes_of_which_one_stays_in_the_other_are_both_taken_off(
     assert report.unexpected == ()
 
 
+def test_what_fits_as_it_is_gives_way_to_nothing_in_a_wrapping(
+    own_state: State, tmp_path: Path
+) -> None:
+    head = {name: t for name, t in own_state.items() if name.startswith("head.")}
+    rest = {name: t for name, t in own_state.items() if name not in head}
+    wrapped = under("module.", {**rest, "head.2.weight": torch.ones(9, 6)})
+    network = OwnNet(5)
+    # Whichever comes first in the file.
+    for state in (head | wrapped, wrapped | head):
+        report = load_weights(network, config_of(OWN), saved(state, tmp_path / f"{id(state)}.pt"))
+        require_equal(network, own_state)
+        assert (report.other_shape, report.unexpected) == ((), ("module.head.2.weight",))
+
+
+def test_names_are_in_the_order_of_the_file(own_state: State, tmp_path: Path) -> None:
+    file = saved(under("module.", own_state), tmp_path / "wrapped.pt")
+    report = load_weights(OwnNet(5), config_of(OWN), file)
+    assert report.loaded == tuple(own_state)
+
+
 def test_of_two_networks_in_one_file_none_is_guessed(five_classes: State, tmp_path: Path) -> None:
     two = under("query.", five_classes) | under("key.", five_classes)
     file = saved(two, tmp_path / "two.pt")

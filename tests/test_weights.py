@@ -14,6 +14,7 @@ from torchvision.models import Weights, WeightsEnum
 from torchvision.transforms._presets import ImageClassification
 
 from tests.states import (
+    LADDER,
     ONE_STAGE,
     OWN,
     OneStage,
@@ -22,6 +23,7 @@ from tests.states import (
     config_of,
     copied,
     empty_state,
+    ladder,
     require_equal,
     saved,
 )
@@ -231,6 +233,25 @@ def test_a_larger_relative_is_refused_with_the_share_of_it_that_is_ours(tmp_path
     said = rf"fits 100% of resnet18's backbone, which is {wanted:.0%} of what it holds: "
     with pytest.raises(WeightsError, match=said):
         load_weights(build_network("resnet18", 3), config_of(), file)
+
+
+@pytest.mark.parametrize(("steps", "others", "taken"), [
+    (5, 0, True), (4, 0, False), (10, 3, True), (10, 4, False), (9, 3, True), (9, 4, False),
+])  # fmt: skip
+def test_half_of_the_network_and_three_quarters_of_the_file_must_be_the_same(
+    steps: int, others: int, taken: bool, tmp_path: Path
+) -> None:
+    state = {f"step{i}.weight": torch.ones(4, 4) for i in range(steps)}
+    state |= {f"other{i}.weight": torch.ones(4, 4) for i in range(others)}
+    # Heads and counts of batches are neither here nor there.
+    state |= {f"head.{i}.weight": torch.ones(100, 100) for i in range(50)}
+    state |= {f"bn{i}.num_batches_tracked": torch.tensor(1) for i in range(50)}
+    file = saved(state, tmp_path / "ladder.pt")
+    if taken:
+        assert len(load_weights(ladder(2), config_of(LADDER), file).loaded) == steps
+    else:
+        with pytest.raises(WeightsError, match=f"fits {steps}0% "):
+            load_weights(ladder(2), config_of(LADDER), file)
 
 
 def test_partial_weights_take_what_fits_of_a_relative(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ feature extraction all speak in stages.
 """
 
 import fnmatch
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from torchvision.ops import StochasticDepth
 
 from tuneapp.config import TrialConfig, is_reference
 from tuneapp.errors import ConfigError, did_you_mean
-from tuneapp.families import FAMILIES, Family
+from tuneapp.families import FAMILIES, Beside, Family
 from tuneapp.own import find_own
 
 
@@ -205,34 +206,28 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _own_stages(network: nn.Module) -> Mapping[str, Sequence[nn.Module]]:
+def _own_stages(network: nn.Module) -> dict[str, list[nn.Module]]:
     """Return the stages of a network of the user's own, in the order of its data.
 
     `network.stages()` returns a mapping name -> module, or modules in the order in which they are
     called. Without it, each top-level child is a stage; one without parameters goes with the one
-    before it.
+    before it. Parameters of the network itself, such as a class token, go with the first stage.
     """
-    if not hasattr(network, "stages"):
-        children: dict[str, list[nn.Module]] = {}
-        first: list[nn.Module] = []
-        for name, child in network.named_children():
-            if next(child.parameters(), None) is not None:
-                children[name] = [*first, child]
-                first = []
-            elif children:
-                children[list(children)[-1]].append(child)
-            else:
-                first.append(child)
-        said: Mapping[str, Sequence[nn.Module]] = children
-    else:
-        stages: Any = network.stages
+    own: Any = getattr(network, "stages", None)
+    if inspect.ismethod(own):  # some networks have a module of this name
         said = {
             str(name): [modules] if isinstance(modules, nn.Module) else list(modules)
-            for name, modules in stages().items()
+            for name, modules in own().items()
         }
+    else:
+        said = _children(network)
+    loose = list(network.parameters(recurse=False))
+    if loose and said:
+        first_name = next(iter(said))
+        said = {**said, first_name: [Beside(nn.ParameterList(loose)), *said[first_name]]}
     held = [id(p) for modules in said.values() for p in nn.Sequential(*modules).parameters()]
-    own = {id(p): name for name, p in network.named_parameters()}
-    left_out = [name for key, name in own.items() if key not in held]
+    names = {id(p): name for name, p in network.named_parameters()}
+    left_out = [name for key, name in names.items() if key not in held]
     if left_out or len(held) != len(set(held)) or not said:
         which = f"{left_out[0]} is in none" if left_out else "one is in two"
         raise ConfigError(
@@ -240,6 +235,21 @@ def _own_stages(network: nn.Module) -> Mapping[str, Sequence[nn.Module]]:
             f"{which}; give it a method stages() that returns a dict name -> module"
         )
     return said
+
+
+def _children(network: nn.Module) -> dict[str, list[nn.Module]]:
+    """Return each top-level child that has parameters, with those after it that have none."""
+    stages: dict[str, list[nn.Module]] = {}
+    before: list[nn.Module] = []
+    for name, child in network.named_children():
+        if next(child.parameters(), None) is not None:
+            stages[name] = [*before, child]
+            before = []
+        elif stages:
+            stages[list(stages)[-1]].append(child)
+        else:
+            before.append(child)
+    return stages
 
 
 # --- Building -------------------------------------------------------------------------------------
@@ -399,11 +409,6 @@ def _own_skeleton(build: Callable[[int], Any], model: str) -> StagedModel:
             ) from error
 
 
-def stage_names(config: TrialConfig) -> tuple[str, ...]:
-    """Return the stages of the configuration's network, from stem to head."""
-    return tuple(s.name for s in skeleton(config.model, aux=config.aux_weight > 0).stages)
-
-
 def check_model(config: TrialConfig) -> list[str]:
     """Return what is wrong with the parts of `config` that speak of the model and its stages."""
     try:
@@ -457,7 +462,6 @@ def _pattern_mistakes(config: TrialConfig, model: StagedModel) -> list[str]:
 def _ratio_mistakes(config: TrialConfig, model: StagedModel, names: Sequence[str]) -> list[str]:
     if not isinstance(config.lr_ratio, Mapping):
         return []
-    trained = set(names)
     if config.freeze:
         trained = {
             name

@@ -93,14 +93,15 @@ def named_as(own: State, state: State) -> State:
     """
     while True:
         fitting = {name for name, tensor in state.items() if _fits(name, tensor, own)}
-        stray = state.keys() - fitting
-        prefix = _wrapping({name: state[name] for name in stray}, fitting, own)
+        stray = {name: tensor for name, tensor in state.items() if name not in fitting}
+        prefix = _wrapping(stray, fitting, own)
         if prefix is None:
             return {_todays(name, own): tensor for name, tensor in state.items()}
         log.info("names are taken without %r", prefix)
-        taken_off = {n.removeprefix(prefix): state[n] for n in stray if n.startswith(prefix)}
-        state = {n: t for n, t in state.items() if n in fitting or not n.startswith(prefix)}
-        state |= taken_off
+        inner = {n: n.removeprefix(prefix) for n in stray if n.startswith(prefix)}
+        inner = {n: i for n, i in inner.items() if i not in fitting}
+        replaced = set(inner.values())
+        state = {inner.get(n, n): t for n, t in state.items() if n in inner or n not in replaced}
 
 
 def _wrapping(stray: State, fitting: Collection[str], own: State) -> str | None:

@@ -38,7 +38,7 @@ AUTO_LIMIT_S = 60.0
 _IMAGENET = Preprocessing(256, 224, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 # Less is another network's. resnet34's file has all that resnet18 needs, and as much again; of
-# torchvision's relatives, resnet152's for resnet101 comes nearest, with 73 % of what it holds.
+# torchvision's relatives, resnet152's for resnet101 comes nearest, with 67 % of its tensors.
 _LEAST_OF_NETWORK = 0.5
 _LEAST_OF_FILE = 0.75
 
