@@ -569,14 +569,18 @@ def test_an_instance_takes_no_options(offer: Callable[[object], str]) -> None:
             {},
             "its gradient to the logits is not finite for logits in [-1, 1]",
         ),
-        (failing, {}, "trying it on two examples failed: KeyError: 'colour\\nof many lines' (test"),
+        (
+            failing,
+            {},
+            "trying it on two examples with labels failed: KeyError: 'colour\\nof many lines' (test",
+        ),
         (
             lambda x, t: x.view(5),
             {},
-            "trying it on two examples failed: RuntimeError: shape '[5]' is invalid for input",
+            "trying it on two examples with labels failed: RuntimeError: shape '[5]' is invalid for input",
         ),
-        (scaled, {"scael": 1}, "trying it on two examples failed: TypeError: "),
-        (Scaled, {"scael": 1}, "trying it on two examples failed: TypeError: "),
+        (scaled, {"scael": 1}, "trying it on two examples with labels failed: TypeError: "),
+        (Scaled, {"scael": 1}, "trying it on two examples with labels failed: TypeError: "),
     ],
 )
 def test_a_bad_own_loss_is_one_line_that_says_what_is_wrong(
@@ -622,3 +626,43 @@ def test_the_check_takes_one_class_as_well_as_many() -> None:
         if config != CrossEntropy(class_weights=[1.0, 2.0, 4.0]):
             assert check_loss(config, num_classes=1) == []
             assert check_loss(config, num_classes=1000) == []
+
+
+def needs_labels(logits: Tensor, targets: Tensor) -> Tensor:
+    return logits.gather(1, targets.unsqueeze(1)).mean()
+
+
+def test_a_loss_that_takes_no_shares_is_refused_where_images_are_mixed(
+    offer: Callable[[object], str],
+) -> None:
+    config = OwnLoss(loss=offer(needs_labels))
+    assert check_loss(config, num_classes=3) == []
+    (line,) = check_loss(config, num_classes=3, mixed=True)
+    assert "with shares of classes (images are mixed) failed" in line
+    for of_ours in (CrossEntropy(), Focal(), BinaryCrossEntropy(), Dice(), BceDice(), Iou()):
+        assert check_loss(of_ours, num_classes=3, mixed=True) == []
+
+
+def test_a_loss_says_what_it_computes(offer: Callable[[object], str]) -> None:
+    said = {
+        CrossEntropy(label_smoothing=0.1): (
+            "CrossEntropyLoss",
+            {"label_smoothing": 0.1, "weighted": False},
+        ),
+        CrossEntropy(class_weights="balanced"): (
+            "CrossEntropyLoss",
+            {"label_smoothing": 0.0, "weighted": True},
+        ),
+        Focal(gamma=1.5, alpha=None): ("focal", {"gamma": 1.5, "alpha": None}),
+        BinaryCrossEntropy(label_smoothing=0.2, pos_weight=3.0): (
+            "binary_cross_entropy",
+            {"label_smoothing": 0.2, "pos_weight": 3.0},
+        ),
+        Dice(smooth=2.0): ("dice", {"smooth": 2.0}),
+        BceDice(dice_weight=0.3): ("bce_dice", {"dice_weight": 0.3, "smooth": 1.0}),
+        Iou(): ("iou", {"smooth": 1.0}),
+    }
+    for config, wanted in said.items():
+        assert build_loss(config, [3, 4]).describe() == wanted
+    reference = offer(needs_labels)
+    assert build_loss(OwnLoss(loss=reference), [3, 4]).describe() == (reference, {})

@@ -867,6 +867,33 @@ def test_dropout_and_stochastic_depth_are_those_that_were_asked_for(
     assert state.history[0]["val/loss"] == pytest.approx(loss, rel=1e-5)
 
 
+def test_auxiliary_classifiers_are_trained_beside_the_head(
+    config: TrialConfig, run: TrialRun
+) -> None:
+    config = replace(
+        config,
+        model="googlenet",
+        epochs=1,
+        batch_size=64,  # all of them
+        freeze_depth=-1,
+        aux_weight=0.3,
+        dropout=0.0,
+        optimizer=Sgd(lr=1e-30),
+    )
+    state = run_trial(config, run, ignore)
+    ((images, labels),) = batches_of(config, run, "train").epoch(1)
+    with torch.no_grad():
+        outputs = state.model.train()(images)
+        costs = [float(F.cross_entropy(logits, labels)) for logits in (outputs[0], *outputs[1])]
+    assert len(costs) == 3
+    wanted = costs[0] + 0.3 * (costs[1] + costs[2])
+    assert state.history[0]["train/loss"] == pytest.approx(wanted, rel=1e-5)
+    assert state.model.network.aux1.fc2.weight.requires_grad
+    # Validation knows of the head only.
+    loss, _ = scores_by_hand(state.model, config, run)
+    assert state.history[0]["val/loss"] == pytest.approx(loss, rel=1e-5)
+
+
 def test_another_dropout_is_another_training(with_dropout: TrialConfig, run: TrialRun) -> None:
     losses = {
         dropout: run_trial(replace(with_dropout, epochs=1, dropout=dropout), run, ignore).history[

@@ -20,6 +20,7 @@ from tuneapp.checkpoint import TrainState
 from tuneapp.config import Amp, Optimizer, TrialConfig
 from tuneapp.errors import AppliedValueError
 from tuneapp.loop import EpochMetrics, Precision
+from tuneapp.losses import TrainingLoss
 from tuneapp.models import StagedModel, count_parameters, freeze_depth_in, stage_lrs
 from tuneapp.schedules import Schedule, warmup_steps
 
@@ -43,6 +44,14 @@ _OPTIMIZER_CLASSES: Mapping[type[Optimizer], str] = {
     c.AdamW: "AdamW",
     c.RmsProp: "RMSprop",
 }
+_LOSSES: Mapping[type[c.Loss], str] = {
+    c.CrossEntropy: "CrossEntropyLoss",
+    c.Focal: "focal",
+    c.BinaryCrossEntropy: "binary_cross_entropy",
+    c.Dice: "dice",
+    c.BceDice: "bce_dice",
+    c.Iou: "iou",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +73,9 @@ class Applied:
         frozen_training: names of frozen stages that are not in `eval()` mode, apart from their
             BatchNorm; must be empty.
         frozen_batchnorm: mode of the frozen BatchNorm layers: `eval`, `train`, `mixed` or `none`.
-        loss: class name.
+        loss: torch's class, our function, or the import path of the user's.
+        loss_options: what it is called with, by the names of the configuration.
+        aux_weight: of the losses of auxiliary classifiers.
         ema_decay: of the average of the weights; None where there is none.
         channels_last: whether the weights of convolutions lie in this memory format.
         batch_size: examples of one optimizer step; checked against the first epoch's batches.
@@ -86,6 +97,8 @@ class Applied:
     frozen_training: tuple[str, ...]
     frozen_batchnorm: str
     loss: str
+    loss_options: dict[str, Any]
+    aux_weight: float
     ema_decay: float | None
     channels_last: bool
     batch_size: int
@@ -99,10 +112,11 @@ class Applied:
 
 
 def read_back(
-    state: TrainState, loss_fn: nn.Module, batch_size: int, precision: Precision, weights: str
+    state: TrainState, loss_fn: TrainingLoss, batch_size: int, precision: Precision, weights: str
 ) -> Applied:
     """Read what the trial will train with from the objects themselves, before they do."""
     model, optimizer, schedule = state.model, state.optimizer, state.schedule
+    loss, loss_options = loss_fn.describe()
     groups = optimizer.param_groups
     held = [id(p) for group in groups for p in group["params"]]
     parameters = list(model.parameters())
@@ -126,7 +140,9 @@ def read_back(
         frozen_held=sum(p.numel() for p in parameters if id(p) in held and not p.requires_grad),
         frozen_training=_frozen_training(model),
         frozen_batchnorm=_frozen_batchnorm(model),
-        loss=type(loss_fn).__name__,
+        loss=loss,
+        loss_options=loss_options,
+        aux_weight=loss_fn.aux_weight,
         ema_decay=None if state.average is None else state.average.decay,
         channels_last=_is_channels_last(parameters),
         batch_size=batch_size,
@@ -154,6 +170,7 @@ def require_applied(
     numbers = sum(p.numel() for p in trained.values())
     one_dimensional = sum(p.numel() for p in trained.values() if p.ndim <= 1)
     decay = config.optimizer.weight_decay
+    kind = type(config.loss)
     undecayed = 0 if config.decay_norms_and_biases else one_dimensional
     wanted = {
         "optimizer": _OPTIMIZER_CLASSES[type(config.optimizer)],
@@ -166,6 +183,9 @@ def require_applied(
         "frozen_parameters": count_parameters(model.stages) - numbers,
         "frozen_held": 0,
         "frozen_training": (),
+        "loss": config.loss.loss if isinstance(config.loss, c.OwnLoss) else _LOSSES[kind],
+        "loss_options": _wanted_loss_options(config.loss),
+        "aux_weight": config.aux_weight,
         "ema_decay": config.ema_decay,
         "batch_size": config.batch_size,
         "device": device.type,
@@ -287,6 +307,17 @@ def _wanted_options(optimizer: Optimizer) -> dict[str, Any]:
                 "eps": optimizer.eps,
                 "centered": optimizer.centered,
             }
+
+
+def _wanted_loss_options(loss: c.Loss) -> dict[str, Any]:
+    match loss:
+        case c.CrossEntropy():
+            weighted = loss.class_weights is not None
+            return {"label_smoothing": loss.label_smoothing, "weighted": weighted}
+        case c.OwnLoss():
+            return {}  # they went into an object that is not ours to look into
+        case _:
+            return asdict(loss)
 
 
 def _allowed_precisions(amp: Amp, device: torch.device) -> tuple[str, ...]:

@@ -1,10 +1,11 @@
-"""An exponential moving average of a network's weights: torch's `AveragedModel`."""
+"""An exponential moving average of a network's weights, by torch's own averaging function."""
 
-from collections.abc import Sequence
+import copy
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from tuneapp.models import StagedModel
 
@@ -12,40 +13,51 @@ from tuneapp.models import StagedModel
 class WeightAverage:
     """Follows the weights and BatchNorm statistics of a model that trains.
 
-    The decay rises as `(1 + n) / (10 + n)` over the steps n up to the asked one, as TensorFlow's
+    The average is the weights themselves after the first step. Then the decay rises as
+    `(1 + n) / (10 + n)` over the steps n up to the asked one, as TensorFlow's
     `ExponentialMovingAverage(num_updates=...)` documents it: a constant one would remember the
     random head for most of a short training.
+
+    torch's `AveragedModel` does the same, but waits for the device in every step, where it copies
+    its counter there.
     """
 
     def __init__(self, model: StagedModel, decay: float) -> None:
         """Begin with `model` as it is; the average stands on the same device."""
         self.decay = decay
-        self._averaged = AveragedModel(model, multi_avg_fn=self._blend, use_buffers=True)
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self._steps = 0
 
-    @property
-    def model(self) -> StagedModel:
-        """The averaged model."""
-        averaged = self._averaged.module
-        assert isinstance(averaged, StagedModel)
-        return averaged
-
+    @torch.no_grad()
     def update(self, model: StagedModel) -> None:
         """Take in the weights after an optimizer step."""
-        self._averaged.update_parameters(model)
+        n = self._steps
+        decay = 0.0 if n == 0 else min(self.decay, (1 + n) / (10 + n))
+        blend: Any = get_ema_multi_avg_fn
+        averaged, current = _tensors(self.model), _tensors(model)
+        for is_float in (True, False):  # counters of batches are whole numbers
+            pairs = [
+                (a, c)
+                for a, c in zip(averaged, current, strict=True)
+                if a.is_floating_point() == is_float
+            ]
+            if pairs:
+                blend(decay)([a for a, _ in pairs], [c for _, c in pairs], None)
+        self._steps += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the averaged weights, under `module.`, and the number of steps."""
-        return dict(self._averaged.state_dict())
+        """Return the averaged weights and the number of steps, named as `AveragedModel` does."""
+        weights = {f"module.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        return {"n_averaged": torch.tensor(self._steps), **weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`."""
-        self._averaged.load_state_dict(state)
+        self._steps = int(state["n_averaged"])
+        prefix = "module."
+        self.model.load_state_dict(
+            {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        )
 
-    def _blend(
-        self, averaged: Sequence[Tensor], current: Sequence[Tensor], steps: Tensor | int
-    ) -> None:
-        # Read from the counter on the CPU: `steps` lies on the device, which would be waited for.
-        n = int(self._averaged.n_averaged)
-        decay = min(self.decay, (1 + n) / (10 + n))
-        blend: Any = get_ema_multi_avg_fn
-        blend(decay)(averaged, current, steps)
+
+def _tensors(model: StagedModel) -> list[Tensor]:
+    return [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]

@@ -184,7 +184,7 @@ def resume(
 def train(
     space: Annotated[
         Path | None,
-        typer.Argument(metavar="[SPACE]", help="A search-space file; with --from, the run's own."),
+        typer.Argument(metavar="SPACE", help="A search-space file; with --from, the run's own."),
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -489,8 +489,10 @@ def _warn(line: str) -> None:
 
 
 def _read_space(path: Path) -> "SearchSpace":
+    from tuneapp.own import import_from
     from tuneapp.space import SearchSpace
 
+    import_from([str(Path.cwd())])
     space = SearchSpace.read(path)
     _say(f"space     {path}: {space.summary}")
     return space

@@ -28,7 +28,44 @@ from tuneapp.models import WithAux
 from tuneapp.own import find_own
 
 
-def build_loss(config: Loss, class_counts: Sequence[int], aux_weight: float = 0.0) -> nn.Module:
+class TrainingLoss(nn.Module):
+    """A loss of logits in float32, to which auxiliary classifiers add theirs."""
+
+    def __init__(self, of_logits: nn.Module, aux_weight: float) -> None:
+        super().__init__()
+        self.of_logits = of_logits
+        self.aux_weight = aux_weight
+
+    def describe(self) -> tuple[str, dict[str, Any]]:
+        """Return what is computed and with which options, read from what computes it."""
+        match self.of_logits:
+            case nn.CrossEntropyLoss() as loss:
+                weighted = loss.weight is not None
+                options = {"label_smoothing": loss.label_smoothing, "weighted": weighted}
+                return "CrossEntropyLoss", options
+            case _OfShares(function=partial(func=function, keywords=options)):
+                return function.__name__, dict(options)
+            case _Own(name=name):
+                return name, {}
+            case other:
+                return type(other).__name__, {}
+
+    def forward(self, outputs: Tensor | WithAux, targets: Tensor) -> Tensor:
+        """Return the mean over the examples, float32."""
+        if not isinstance(outputs, WithAux):
+            return self._mean(outputs, targets)
+        aux = sum(self._mean(logits, targets) for logits in outputs.aux)
+        return self._mean(outputs.logits, targets) + self.aux_weight * aux
+
+    def _mean(self, logits: Tensor, targets: Tensor) -> Tensor:
+        if targets.is_floating_point():
+            targets = targets.float()
+        with torch.autocast(logits.device.type, enabled=False):
+            mean: Tensor = self.of_logits(logits.float(), targets)
+        return mean
+
+
+def build_loss(config: Loss, class_counts: Sequence[int], aux_weight: float = 0.0) -> TrainingLoss:
     """Return the loss, called as `loss(outputs, targets)`: a scalar float32, the batch's mean.
 
     `outputs` are logits, float (B, classes), or (B, classes, ...) for masks; or `WithAux`, for the
@@ -47,28 +84,36 @@ def build_loss(config: Loss, class_counts: Sequence[int], aux_weight: float = 0.
         ConfigError: `class_weights` has the wrong length; or a loss of the user's own cannot be
             found, or is an instance and has options. Its call raises it for what is no scalar.
     """
-    return _Training(_of_logits(config, class_counts), aux_weight)
+    return TrainingLoss(_of_logits(config, class_counts), aux_weight)
 
 
-def check_loss(config: Loss, num_classes: int) -> list[str]:
-    """Return what is wrong with the loss, after trying it on two examples with labels on the CPU.
+def check_loss(config: Loss, num_classes: int, mixed: bool = False) -> list[str]:
+    """Return what is wrong with the loss, after trying it on two examples on the CPU.
 
     It must return a finite scalar with a finite gradient to the logits. torch's random numbers go
     on as if nothing had been tried.
+
+    Args:
+        config: which loss.
+        num_classes: width of the logits.
+        mixed: whether targets are shares of classes, and not labels.
     """
     name = repr(config.loss) if isinstance(config, OwnLoss) else type(config).__name__
     logits = torch.linspace(-1, 1, 2 * num_classes).reshape(2, num_classes).requires_grad_()
-    labels = torch.tensor([0, num_classes - 1])
+    targets = torch.tensor([0, num_classes - 1])
+    if mixed:
+        targets = F.one_hot(targets, num_classes).float()
     try:
         with torch.random.fork_rng(devices=[]):
-            loss = build_loss(config, [1] * num_classes)(logits, labels)
+            loss = build_loss(config, [1] * num_classes)(logits, targets)
             gradient = None
             if loss.requires_grad:
                 (gradient,) = torch.autograd.grad(loss, logits, allow_unused=True)
     except ConfigError as error:
         return [str(error)]
     except Exception as error:
-        return [f"loss {name}: trying it on two examples failed: {say_cause(error)}"]
+        what = "shares of classes (images are mixed)" if mixed else "labels"
+        return [f"loss {name}: trying it on two examples with {what} failed: {say_cause(error)}"]
     if not loss.isfinite():
         return [f"loss {name}: it is {loss.item()} for logits in [-1, 1]; it must be finite"]
     if gradient is None:
@@ -76,28 +121,6 @@ def check_loss(config: Loss, num_classes: int) -> list[str]:
     if not gradient.isfinite().all():
         return [f"loss {name}: its gradient to the logits is not finite for logits in [-1, 1]"]
     return []
-
-
-class _Training(nn.Module):
-    """A loss of logits in float32, to which auxiliary classifiers add theirs."""
-
-    def __init__(self, of_logits: nn.Module, aux_weight: float) -> None:
-        super().__init__()
-        self.of_logits = of_logits
-        self.aux_weight = aux_weight
-
-    def forward(self, outputs: Tensor | WithAux, targets: Tensor) -> Tensor:
-        if not isinstance(outputs, WithAux):
-            return self._mean(outputs, targets)
-        aux = sum(self._mean(logits, targets) for logits in outputs.aux)
-        return self._mean(outputs.logits, targets) + self.aux_weight * aux
-
-    def _mean(self, logits: Tensor, targets: Tensor) -> Tensor:
-        if targets.is_floating_point():
-            targets = targets.float()
-        with torch.autocast(logits.device.type, enabled=False):
-            mean: Tensor = self.of_logits(logits.float(), targets)
-        return mean
 
 
 def _of_logits(config: Loss, class_counts: Sequence[int]) -> nn.Module:

@@ -88,17 +88,9 @@ def prepare(
         f"data      {settings.data}: {len(images.classes)} classes; "
         + ", ".join(f"{count} {split}" for split, count in counts.items() if count)
     )
-    num_classes = len(images.classes)
-    sizes = [preprocessing_of(c, images.native_size).crop_size for c in configs]
-    _refuse(space, (m for c in configs for m in check_loss(c.loss, num_classes)))
-    _refuse(space, (m for c, s in zip(configs, sizes, strict=True) for m in check_image_size(c, s)))
-    choices = {weights_key(c): (c, s) for c, s in zip(configs, sizes, strict=True)}
-    found = {key: find_weights(c.model, c.weights) for key, (c, _) in choices.items()}
-    for key, (config, size) in choices.items():
-        file = found[key].file
-        if file is not None:
-            network = build_network(config.model, num_classes, image_size=size)
-            say(f"weights   {config.model}: {load_weights(network, config, Path(file))}")
+    _refuse(space, (m for c in configs for m in _mistakes_with(c, images)))
+    found = {weights_key(c): find_weights(c.model, c.weights) for c in configs}
+    _try_weights(configs, images, found, say)
     for preprocessing in _preprocessings(configs, images):
         size = preprocessing.crop_size
         say(f"images    seen at {size} x {size} pixels, decoded once for all trials")
@@ -145,6 +137,32 @@ def prepare_one(
             params=params,
         ),
     )
+
+
+def _mistakes_with(config: TrialConfig, images: ImageSet) -> list[str]:
+    """Return what is wrong with a configuration for these images."""
+    mistakes = check_loss(config.loss, len(images.classes), mixed=config.is_mixed)
+    try:
+        size = preprocessing_of(config, images.native_size).crop_size
+    except ConfigError as error:
+        return [*mistakes, str(error)]
+    return [*mistakes, *check_image_size(config, size)]
+
+
+def _try_weights(
+    configs: list[TrialConfig], images: ImageSet, found: Mapping[str, Found], say: Say
+) -> None:
+    """Load each file into each network that is to start from it, and say what fits."""
+    tried = set()
+    for config in configs:
+        size = preprocessing_of(config, images.native_size).crop_size
+        file = found[weights_key(config)].file
+        attempt = (config.model, file, config.partial_weights, size)
+        if file is None or attempt in tried:
+            continue
+        tried.add(attempt)
+        network = build_network(config.model, len(images.classes), image_size=size)
+        say(f"weights   {config.model}: {load_weights(network, config, Path(file))}")
 
 
 def _refuse(space: SearchSpace, mistakes: Iterable[str]) -> None:

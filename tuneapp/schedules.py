@@ -53,6 +53,8 @@ class Schedule:
         self._steps_per_epoch = steps_per_epoch
         self._steps_done = 0
         self._monitor = getattr(config.schedule, "monitor", None)
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])  # a plateau does not note it by itself
         warmup = warmup_steps(config, steps_per_epoch)
         self.main = _build_main(optimizer, config, steps_per_epoch, warmup)
         self.rise = None

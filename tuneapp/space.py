@@ -276,7 +276,9 @@ def _place(error: Exception, path: Path) -> str:
 
 def _say(error: Exception) -> str:
     if isinstance(error, ImportError) and error.name == config_names.__name__:
-        return f"{error.msg.split(' (')[0]}; it has {', '.join(_choices())}"
+        said = error.msg.split(" (")[0]
+        wanted = said.split("'")[1]
+        return f"{said}{did_you_mean(wanted, _choices())}; it has {', '.join(_choices())}"
     return f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}"
 
 

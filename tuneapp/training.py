@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from tuneapp.applied import Applied, read_back, require_applied, require_batches
 from tuneapp.average import WeightAverage
@@ -19,7 +18,7 @@ from tuneapp.data.store import Preprocessing, open_store
 from tuneapp.data.views import Batches, evaluation_view, mixing, training_view
 from tuneapp.errors import ConfigError
 from tuneapp.loop import EpochMetrics, Precision
-from tuneapp.losses import build_loss
+from tuneapp.losses import TrainingLoss, build_loss
 from tuneapp.models import StagedModel, build_staged, freeze_as, seed_everything
 from tuneapp.optim import build_optimizer
 from tuneapp.schedules import Schedule
@@ -73,7 +72,7 @@ class Training:
     precision: Precision
     train_batches: Batches
     val_batches: Batches
-    loss_fn: nn.Module
+    loss_fn: TrainingLoss
     state: TrainState
 
     def check(self, epoch: int) -> Applied:

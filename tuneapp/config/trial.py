@@ -92,7 +92,8 @@ class TrialConfig(Checked):
         head_lr_factor: > 0: the head alone learns at `lr` times this.
         decay_norms_and_biases: whether weight decay also shrinks biases and the scales of
             normalisation layers: all parameters of one dimension.
-        dropout: probability in [0, 1) of the network's dropout layers; None leaves its own.
+        dropout: probability in [0, 1) of the network's dropout layers; None leaves its own. Those
+            in frozen stages are off.
         stochastic_depth: probability in [0, 1) with which the last residual block is skipped (the
             earlier ones less); None leaves the network's own.
         aux_weight: weight in the loss of each auxiliary classifier (GoogLeNet, Inception v3);
@@ -238,6 +239,11 @@ class TrialConfig(Checked):
         if self.clip_norm is not None and self.clip_value is not None:
             mistakes.append("clip_norm and clip_value: give one of them")
         return mistakes
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether the images of a batch are mixed, so that targets are shares of classes."""
+        return self.mixup_alpha > 0 or self.cutmix_alpha > 0
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; each choice says its class under `kind`."""
