@@ -16,14 +16,22 @@ from tuneapp.checkpoint import TrainState
 from tuneapp.config import (
     Adam,
     AdamW,
+    BceDice,
+    BinaryCrossEntropy,
     Constant,
     Cosine,
     CosineRestarts,
+    CrossEntropy,
     Cyclic,
+    Dice,
     Exponential,
+    Focal,
+    Iou,
+    Loss,
     MultiStep,
     OneCycle,
     Optimizer,
+    OwnLoss,
     OwnSchedule,
     Plateau,
     Polynomial,
@@ -37,6 +45,7 @@ from tuneapp.data.views import Batch, Batches
 from tuneapp.errors import AppliedValueError
 from tuneapp.families import RESNET
 from tuneapp.loop import EpochMetrics, Precision
+from tuneapp.losses import build_loss
 from tuneapp.models import StagedModel, build_network, freeze_as
 from tuneapp.optim import build_optimizer
 from tuneapp.schedules import Schedule as Running
@@ -58,6 +67,10 @@ LAYER4 = (
 HEAD = 512 * 3 + 3
 WHOLE = 11_689_512 - (512 * 1000 + 1000) + HEAD  # torchvision's own count has 1,000 classes
 NORMS = 2 * (64 + 4 * 64 + 5 * 128 + 5 * 256) + LAYER4_NORMS
+
+
+def own_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return logits.square().mean()
 
 
 def halving(epoch: int, config: TrialConfig) -> float:
@@ -95,7 +108,8 @@ def begin(network: nn.Module, config: TrialConfig, epoch: int = 1) -> TrainState
 
 
 def applied_to(state: TrainState) -> Applied:
-    return read_back(state, nn.CrossEntropyLoss(), state.config.batch_size, PLAIN, "random")
+    loss_fn = build_loss(state.config.loss, [1, 2, 3], state.config.aux_weight)
+    return read_back(state, loss_fn, state.config.batch_size, PLAIN, "random")
 
 
 def require(applied: Applied, state: TrainState, epoch: int = 1) -> None:
@@ -113,11 +127,14 @@ def test_what_is_applied_is_read_back_field_by_field(network: nn.Module) -> None
         decay_norms_and_biases=False,
         ema_decay=0.99,
         channels_last=True,
+        loss=Focal(gamma=1.0),
+        aux_weight=0.5,
     )
     state = begin(network, config)
-    loss_fn, precision = nn.CrossEntropyLoss(), Precision("cpu", torch.bfloat16)
+    loss_fn = build_loss(config.loss, [1, 2, 3], aux_weight=0.5)
+    precision = Precision("cpu", torch.bfloat16)
     applied = read_back(state, loss_fn, 24, precision, "IMAGENET1K_V1")
-    wanted = {
+    assert applied.as_dict() == {
         "lr": pytest.approx({"layer4": 0.05, "head": 0.1}, rel=1e-12),
         "optimizer": "AdamW",
         "options": {"betas": (0.9, 0.999), "eps": 1e-8},
@@ -130,6 +147,9 @@ def test_what_is_applied_is_read_back_field_by_field(network: nn.Module) -> None
         "frozen_held": 0,
         "frozen_training": (),
         "frozen_batchnorm": "eval",
+        "loss": "focal",
+        "loss_options": {"gamma": 1.0, "alpha": 0.25},
+        "aux_weight": 0.5,
         "ema_decay": 0.99,
         "channels_last": True,
         "batch_size": 24,
@@ -137,7 +157,6 @@ def test_what_is_applied_is_read_back_field_by_field(network: nn.Module) -> None
         "precision": "bfloat16",
         "weights": "IMAGENET1K_V1",
     }
-    assert {name: applied.as_dict()[name] for name in wanted} == wanted
     require(applied, state)
 
 
@@ -196,6 +215,40 @@ def test_every_choice_of_optimizer_and_schedule_passes_as_itself(
     # And later, wherever the schedule is by then.
     state.schedule.replay([{"val/loss": 1.0, "val/accuracy": 0.5}] * 4)
     assert applied_to(state) == applied
+
+
+@pytest.mark.parametrize(
+    ("loss", "name", "options"),
+    [
+        (CrossEntropy(), "CrossEntropyLoss", {"label_smoothing": 0.0, "weighted": False}),
+        (
+            CrossEntropy(label_smoothing=0.1, class_weights="balanced"),
+            "CrossEntropyLoss",
+            {"label_smoothing": 0.1, "weighted": True},
+        ),
+        (Focal(gamma=0.5, alpha=None), "focal", {"gamma": 0.5, "alpha": None}),
+        (
+            BinaryCrossEntropy(pos_weight=2.0, label_smoothing=0.1),
+            "binary_cross_entropy",
+            {"pos_weight": 2.0, "label_smoothing": 0.1},
+        ),
+        (Dice(smooth=0.5), "dice", {"smooth": 0.5}),
+        (BceDice(dice_weight=0.3), "bce_dice", {"dice_weight": 0.3, "smooth": 1.0}),
+        (Iou(smooth=2.0), "iou", {"smooth": 2.0}),
+        (OwnLoss(loss=f"{__name__}:own_loss"), f"{__name__}:own_loss", {}),
+    ],
+    ids=repr,
+)
+def test_every_loss_passes_as_itself_and_as_no_other(
+    loss: Loss, name: str, options: Mapping[str, object], network: nn.Module
+) -> None:
+    state = begin(network, config_of(loss=loss, freeze_depth=5))
+    applied = applied_to(state)
+    assert (applied.loss, applied.loss_options) == (name, options)
+    require(applied, state)
+    other = replace(loss, smooth=7.0) if isinstance(loss, Dice | Iou) else Dice(smooth=7.0)
+    with pytest.raises(AppliedValueError, match="loss"):
+        require(applied_to(begin(network, config_of(loss=other, freeze_depth=5))), state)
 
 
 STAGES = ["stem", "layer1", "layer2", "layer3", "layer4", "head"]
@@ -335,6 +388,13 @@ DIFFERENT: list[tuple[str, object, str]] = [
     ("undecayed_parameters", 3, "undecayed_parameters is 3, not 0"),
     ("precision", "bfloat16", "precision is bfloat16, with amp='auto'"),
     ("schedule", "StepLR", "schedule is 'StepLR', not 'ConstantLR'"),
+    ("loss", "focal", "loss is 'focal', not 'CrossEntropyLoss'"),
+    (
+        "loss_options",
+        {"label_smoothing": 0.1, "weighted": False},
+        r"loss_options is \{'label_smoothing': 0.1, .*\}, not \{'label_smoothing': 0.0, .*\}",
+    ),
+    ("aux_weight", 0.3, "aux_weight is 0.3, not 0.0"),
     ("warmup_steps", 3, "warmup_steps is 3, not 0"),
     ("trainable_parameters", HEAD, f"trainable_parameters is {HEAD}, not {LAYER4 + HEAD}"),
     ("frozen_parameters", 0, f"frozen_parameters is 0, not {WHOLE - LAYER4 - HEAD}"),
@@ -363,9 +423,9 @@ def test_a_difference_in_any_field_is_refused_by_name(
 
 
 def test_these_tests_know_every_field() -> None:
-    # The weights are checked where they are loaded; the loss is recorded only.
+    # The weights are checked where they are loaded.
     fields = {field.name for field in dataclasses.fields(Applied)}
-    assert fields - {"weights", "loss"} == {field for field, _, _ in DIFFERENT}
+    assert fields - {"weights"} == {field for field, _, _ in DIFFERENT}
 
 
 def test_all_differences_are_told_at_once(network: nn.Module) -> None:
@@ -649,6 +709,26 @@ BROKEN: dict[str, tuple[dict[str, Any], Broken, str]] = {
         {"schedule": Plateau(warmup_fraction=0.3)},
         changed_config("Schedule", schedule=Plateau(warmup_fraction=0.1)),
         "warmup_steps is 1, not 2$",
+    ),
+    "other loss": (
+        {"loss": Focal(gamma=1.0)},
+        {"build_loss": lambda *a: build_loss(Dice(), [8, 8, 8])},
+        "loss is 'dice', not 'focal'; loss_options is",
+    ),
+    "other gamma of the loss": (
+        {"loss": Focal(gamma=1.0)},
+        {"build_loss": lambda *a: build_loss(Focal(gamma=2.0), [8, 8, 8])},
+        "asked: loss_options is .*'gamma': 2.0.*, not .*'gamma': 1.0",
+    ),
+    "class weights ignored": (
+        {"loss": CrossEntropy(class_weights="balanced")},
+        {"build_loss": lambda *a: build_loss(CrossEntropy(), [8, 8, 8])},
+        "loss_options is .*'weighted': False}, not .*'weighted': True}",
+    ),
+    "auxiliary classifiers ignored": (
+        {"aux_weight": 0.5},
+        {"build_loss": lambda config, counts, aux: build_loss(config, counts)},
+        "aux_weight is 0.0, not 0.5",
     ),
     "stage thawed": ({}, changed_model(lambda m: m.freeze(3)), "frozen_parameters is .*, not"),
     "stage frozen": ({}, changed_model(lambda m: m.freeze(5)), "trainable_parameters is .*, not"),

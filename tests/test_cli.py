@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from tests.conftest import SMALL_SPACE, read_ledger
+from tests.states import config_of
 from tuneapp.anatomy import read_anatomy
 from tuneapp.cli import main
 from tuneapp.data.store import open_store
@@ -346,7 +347,7 @@ def test_the_best_epoch_of_a_run_is_a_model_to_use(
     assert not model.training
     run, record = open_run(tmp_path / "runs/one")
     images = read_run_images(run, record)
-    preprocessing = preprocessing_of("resnet18", None, 32, None)
+    preprocessing = preprocessing_of(config_of("resnet18", image_size=32), None)
     batches = Batches(
         open_store(images, preprocessing),
         "val",

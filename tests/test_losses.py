@@ -549,6 +549,9 @@ def test_an_instance_takes_no_options(offer: Callable[[object], str]) -> None:
     assert check_loss(config, num_classes=2) == [str(error.value)]
 
 
+TRIED = "trying it on two examples with labels failed: "
+
+
 @pytest.mark.parametrize(
     ("thing", "options", "wanted"),
     [
@@ -572,15 +575,15 @@ def test_an_instance_takes_no_options(offer: Callable[[object], str]) -> None:
         (
             failing,
             {},
-            "trying it on two examples with labels failed: KeyError: 'colour\\nof many lines' (test",
+            TRIED + "KeyError: 'colour\\nof many lines' (test",
         ),
         (
             lambda x, t: x.view(5),
             {},
-            "trying it on two examples with labels failed: RuntimeError: shape '[5]' is invalid for input",
+            TRIED + "RuntimeError: shape '[5]' is invalid for input",
         ),
-        (scaled, {"scael": 1}, "trying it on two examples with labels failed: TypeError: "),
-        (Scaled, {"scael": 1}, "trying it on two examples with labels failed: TypeError: "),
+        (scaled, {"scael": 1}, TRIED + "TypeError: "),
+        (Scaled, {"scael": 1}, TRIED + "TypeError: "),
     ],
 )
 def test_a_bad_own_loss_is_one_line_that_says_what_is_wrong(

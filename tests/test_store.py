@@ -16,6 +16,7 @@ from torchvision.transforms.v2 import functional as TF
 
 import tuneapp
 import tuneapp.data.store as store_module
+from tests.states import config_of
 from tuneapp.data.source import Example, ImageSet, read_images
 from tuneapp.data.store import Preprocessing, cache_dir, open_store
 from tuneapp.data.views import Batches, evaluation_view
@@ -103,7 +104,7 @@ def test_validation_pixels_are_torchvisions_own_to_the_last_bit(
     model: str, weights: ResNet18_Weights, photos_of_all_shapes: ImageSet
 ) -> None:
     images = photos_of_all_shapes
-    preprocessing = preprocessing_of(model, weights.name, None, None)
+    preprocessing = preprocessing_of(config_of(model, weights=weights.name), None)
     batches = Batches(
         open_store(images, preprocessing),
         "val",

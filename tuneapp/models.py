@@ -107,8 +107,8 @@ class StagedModel(nn.Module):
                 stages made of them.
             first_stage: index of the stage to begin with; 0 for a network of one's own.
             stages: names of stages; their outputs are returned as a list in this order, and later
-                stages are not computed. None returns the logits; while training a network with
-                auxiliary classifiers, with theirs.
+                stages are not computed (but a network of one's own is called whole). None returns
+                the logits; while training a network with auxiliary classifiers, with theirs.
 
         Raises:
             ConfigError: there is no such stage.
@@ -142,18 +142,34 @@ class StagedModel(nn.Module):
                 x = outputs[stage.name] = stage.module(x)
         else:
             self._watch(x, outputs)
+        missing = [name for name in wanted if name not in outputs]
+        if missing:
+            why = "lies before the first stage" if self._is_chain else "is not called"
+            raise ConfigError(f"stage {missing[0]!r} {why}: it puts out nothing")
         return [outputs[name] for name in wanted]
 
     def _watch(self, x: Tensor, outputs: dict[str, Tensor]) -> None:
-        """Call the whole network, and note what the last module of each stage returns."""
+        """Call the whole network, and note what each stage puts out.
+
+        A stage lasts from a call of one of its modules that have parameters to such a call of
+        another stage, so that one without, which is shared and called again later, does no harm.
+        """
+        current = self.stages[0].name
+
+        def enter(name: str, *call: object) -> None:
+            nonlocal current
+            current = name
 
         def note(name: str, module: nn.Module, args: object, output: Tensor) -> None:
-            outputs[name] = output
+            if current == name:
+                outputs[name] = output
 
-        hooks = [
-            stage.module[-1].register_forward_hook(partial(note, stage.name))
-            for stage in self.stages
-        ]
+        hooks = []
+        for stage in self.stages:
+            for module in stage.module.modules():
+                if next(module.parameters(recurse=False), None) is not None:
+                    hooks.append(module.register_forward_pre_hook(partial(enter, stage.name)))
+                hooks.append(module.register_forward_hook(partial(note, stage.name)))
         try:
             self.network(x)
         finally:
@@ -191,15 +207,13 @@ class StagedModel(nn.Module):
             frozen = self.is_frozen(stage)
             if frozen:
                 stage.module.eval()
-            for norm in _batch_norms(stage.module):
-                if frozen or not any(p.requires_grad for p in norm.parameters()):
+            for norm in stage.module.modules():
+                if not isinstance(norm, _BatchNorm):
+                    continue
+                own = [p.requires_grad for p in norm.parameters()]
+                if frozen or (own and not any(own)):
                     norm.train(mode and self.frozen_batchnorm == "train")
         return self
-
-
-def _batch_norms(module: nn.Module) -> list[nn.Module]:
-    """Return the BatchNorm layers that have parameters, and so can be frozen."""
-    return [m for m in module.modules() if isinstance(m, _BatchNorm) and m.affine]
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -221,7 +235,8 @@ def _own_stages(network: nn.Module) -> dict[str, list[nn.Module]]:
         }
     else:
         said = _children(network)
-    loose = list(network.parameters(recurse=False))
+    placed = {id(p) for modules in said.values() for m in modules for p in m.parameters()}
+    loose = [p for p in network.parameters(recurse=False) if id(p) not in placed]
     if loose and said:
         first_name = next(iter(said))
         said = {**said, first_name: [Beside(nn.ParameterList(loose)), *said[first_name]]}
@@ -320,7 +335,7 @@ def set_dropout(
 ) -> tuple[int, int]:
     """Give the network's dropout and stochastic-depth layers other probabilities.
 
-    Stochastic depth keeps its linear rise over the blocks (Huang et al. 2016, and torchvision); the
+    Stochastic depth keeps its rise over the blocks, linear in torchvision (Huang et al. 2016); the
     last block gets the value itself.
 
     Returns:
@@ -333,8 +348,10 @@ def set_dropout(
             # DenseNet's layers call the function, with a field of their own.
             setattr(layer, "p" if isinstance(layer, nn.Dropout) else "drop_rate", dropout)
     if stochastic_depth is not None:
+        highest = max((skip.p for skip in skips), default=0.0)
         for index, skip in enumerate(skips):
-            skip.p = stochastic_depth * index / max(len(skips) - 1, 1)
+            rise = skip.p / highest if highest else index / max(len(skips) - 1, 1)
+            skip.p = stochastic_depth * rise
     return len(drops), len(skips)
 
 
@@ -427,7 +444,7 @@ def check_model(config: TrialConfig) -> list[str]:
 def _depth_mistakes(config: TrialConfig, names: Sequence[str]) -> list[str]:
     deepest = len(names) - 1
     asked = {"freeze_depth": config.freeze_depth}
-    asked |= {f"unfreeze_at epoch {e}": d for e, d in config.unfreeze_at.items()}
+    asked |= {f"unfreeze_at epoch {e}: depth": d for e, d in config.unfreeze_at.items()}
     mistakes = [
         f"{field} {depth} is too deep for {config.model}: 0 to {deepest} "
         f"({', '.join(names)}; the head is always trained), or -1 to -{len(names)} from the head"
