@@ -19,9 +19,10 @@ from tuneapp.average import WeightAverage
 from tuneapp.config import AdamW, TrialConfig
 from tuneapp.loop import Precision, train_one_epoch
 from tuneapp.losses import build_loss
-from tuneapp.models import StagedModel, build_staged, freeze_as
+from tuneapp.models import build_staged, freeze_as
 from tuneapp.optim import build_optimizer
 from tuneapp.schedules import Schedule
+from tuneapp.staged import StagedModel
 
 ROUNDS = 7
 BATCH, SIZE = 16, 64

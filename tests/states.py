@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from tuneapp.config import Sgd, TrialConfig
 from tuneapp.families import FAMILIES
-from tuneapp.models import build_network, skeleton
+from tuneapp.fit import skeleton
+from tuneapp.models import build_network
 
 State = dict[str, Tensor]
 

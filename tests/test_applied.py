@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from tuneapp.proof import require_applied, require_batches
 
 import tuneapp.training as training
-from tuneapp.applied import Applied, read_back, require_applied, require_batches
+from tuneapp.applied import Applied, read_back
 from tuneapp.average import WeightAverage
 from tuneapp.checkpoint import TrainState
 from tuneapp.config import (
@@ -46,10 +47,11 @@ from tuneapp.errors import AppliedValueError
 from tuneapp.families import RESNET
 from tuneapp.loop import EpochMetrics, Precision
 from tuneapp.losses import build_loss
-from tuneapp.models import StagedModel, build_network, freeze_as
+from tuneapp.models import build_network, freeze_as
 from tuneapp.optim import build_optimizer
 from tuneapp.schedules import Schedule as Running
 from tuneapp.schedules import warmup_steps
+from tuneapp.staged import StagedModel
 from tuneapp.training import TrialRun
 from tuneapp.trial import run_trial
 
@@ -141,12 +143,15 @@ def test_what_is_applied_is_read_back_field_by_field(network: nn.Module) -> None
         "weight_decay": 0.05,
         "undecayed_parameters": LAYER4_NORMS + 3,
         "schedule": "CosineAnnealingLR",
+        "schedule_options": {"T_max": 14, "eta_min": 0.0},
         "warmup_steps": 6,
         "trainable_parameters": LAYER4 + HEAD,
         "frozen_parameters": WHOLE - LAYER4 - HEAD,
         "frozen_held": 0,
         "frozen_training": (),
         "frozen_batchnorm": "eval",
+        "dropout": (),
+        "stochastic_depth": None,
         "loss": "focal",
         "loss_options": {"gamma": 1.0, "alpha": 0.25},
         "aux_weight": 0.5,
@@ -395,6 +400,9 @@ DIFFERENT: list[tuple[str, object, str]] = [
         r"loss_options is \{'label_smoothing': 0.1, .*\}, not \{'label_smoothing': 0.0, .*\}",
     ),
     ("aux_weight", 0.3, "aux_weight is 0.3, not 0.0"),
+    ("schedule_options", {"factor": 0.5}, r"schedule_options is .*, not \{'factor': 1.0, .*\}"),
+    ("dropout", (0.1, 0.2), r"dropout is \(0.1, 0.2\), not 0.2"),
+    ("stochastic_depth", 0.5, "stochastic_depth is 0.5, not 0.3"),
     ("warmup_steps", 3, "warmup_steps is 3, not 0"),
     ("trainable_parameters", HEAD, f"trainable_parameters is {HEAD}, not {LAYER4 + HEAD}"),
     ("frozen_parameters", 0, f"frozen_parameters is 0, not {WHOLE - LAYER4 - HEAD}"),
@@ -414,9 +422,17 @@ DIFFERENT: list[tuple[str, object, str]] = [
 def test_a_difference_in_any_field_is_refused_by_name(
     field: str, value: object, told: str, network: nn.Module
 ) -> None:
-    config = config_of(freeze_depth=4, lr_ratio=0.5, ema_decay=0.9, channels_last=True)
+    config = config_of(
+        freeze_depth=4,
+        lr_ratio=0.5,
+        ema_decay=0.9,
+        channels_last=True,
+        dropout=0.2,
+        stochastic_depth=0.3,
+    )
     state = begin(network, config)
-    applied = applied_to(state)
+    # Said of a network that has them.
+    applied = replace(applied_to(state), dropout=(0.2,), stochastic_depth=0.3)
     require(applied, state)
     with pytest.raises(AppliedValueError, match=f"asked: {told}$"):
         require(replace(applied, **{field: value}), state)
@@ -698,7 +714,7 @@ BROKEN: dict[str, tuple[dict[str, Any], Broken, str]] = {
     "other schedule": (
         {},
         changed_config("Schedule", schedule=Constant()),
-        "schedule is 'ConstantLR', not 'CosineAnnealingLR'; warmup_steps is 0, not 2",
+        "schedule is 'ConstantLR', not 'CosineAnnealingLR'; .*warmup_steps is 0, not 2",
     ),
     "warm-up forgotten": (
         {},
@@ -729,6 +745,31 @@ BROKEN: dict[str, tuple[dict[str, Any], Broken, str]] = {
         {"aux_weight": 0.5},
         {"build_loss": lambda config, counts, aux: build_loss(config, counts)},
         "aux_weight is 0.0, not 0.5",
+    ),
+    "other gamma of the schedule": (
+        {"schedule": Step(every_epochs=1, gamma=0.5)},
+        changed_config("Schedule", schedule=Step(every_epochs=1, gamma=0.1)),
+        "schedule_options is .*'gamma': 0.1}, not .*'gamma': 0.5}$",
+    ),
+    "schedule over another number of epochs": (
+        {},
+        changed_config("Schedule", epochs=3),
+        "schedule_options is .*'T_max': 6, .*not .*'T_max': 4, .*; warmup_steps is 3, not 2$",
+    ),
+    "dropout ignored": (
+        {"model": "mobilenet_v3_small", "freeze_depth": -1, "dropout": 0.5},
+        changed_config("build_staged", dropout=None),
+        r"dropout is \(0.2,\), not 0.5",
+    ),
+    "stochastic depth ignored": (
+        {"model": "efficientnet_b0", "freeze_depth": -1, "stochastic_depth": 0.5},
+        changed_config("build_staged", stochastic_depth=None),
+        "stochastic_depth is 0.18.*, not 0.5",
+    ),
+    "other parameters of the same size": (
+        {"freeze_depth": 0, "freeze": ["layer[123].*", "layer4.1.conv1.*"]},
+        changed_config("freeze_as", freeze=["layer[123].*", "layer4.1.conv2.*"]),
+        "asked: layer4.1.conv2.weight is not trained; layer4.1.conv1.weight is trained$",
     ),
     "stage thawed": ({}, changed_model(lambda m: m.freeze(3)), "frozen_parameters is .*, not"),
     "stage frozen": ({}, changed_model(lambda m: m.freeze(5)), "trainable_parameters is .*, not"),

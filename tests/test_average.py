@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from tuneapp.average import WeightAverage
 from tuneapp.config import Sgd, TrialConfig
 from tuneapp.families import RESNET
-from tuneapp.models import StagedModel, freeze_as
+from tuneapp.models import freeze_as
+from tuneapp.staged import StagedModel
 
 CONFIG = TrialConfig(model="resnet18", optimizer=Sgd(lr=0.1), freeze_depth=4, unfreeze_at={2: 2})
 

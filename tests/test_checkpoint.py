@@ -24,9 +24,10 @@ from tuneapp.checkpoint import MANIFEST, TrainState, read_best, validated_weight
 from tuneapp.config import Cosine, Plateau, Sgd, TrialConfig
 from tuneapp.errors import CheckpointError
 from tuneapp.families import RESNET
-from tuneapp.models import StagedModel, freeze_as
+from tuneapp.models import freeze_as
 from tuneapp.optim import build_optimizer
 from tuneapp.schedules import Schedule
+from tuneapp.staged import StagedModel
 
 CONFIG = TrialConfig(
     model="resnet18",

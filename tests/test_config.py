@@ -188,7 +188,12 @@ BAD = [
             (BceDice, "smooth", ABOVE_ZERO, NOT_ABOVE_ZERO),
             (Iou, "smooth", ABOVE_ZERO, NOT_ABOVE_ZERO),
             (OwnLoss, "loss", PATH, [*NOT_A_PATH, len]),
-            (OwnLoss, "options", "a mapping name -> value", [None, [1], {1: 2}, "gamma=2"]),
+            (
+                OwnLoss,
+                "options",
+                "a mapping name -> value, of numbers, strings, lists and mappings",
+                [None, [1], {1: 2}, "gamma=2"],
+            ),
             (
                 Preprocess,
                 "mean",

@@ -19,7 +19,9 @@ from torchvision.models.swin_transformer import (
 
 from tuneapp.errors import ConfigError
 from tuneapp.families import FAMILIES
-from tuneapp.models import StagedModel, WithAux, build_network, find_family, skeleton
+from tuneapp.fit import skeleton
+from tuneapp.models import build_network, find_family
+from tuneapp.staged import StagedModel, WithAux
 
 MEMBERS = torchvision.models.list_models(module=torchvision.models)
 AUX = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}

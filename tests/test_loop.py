@@ -19,8 +19,8 @@ from tuneapp.errors import DataError, Diverged
 from tuneapp.families import RESNET
 from tuneapp.loop import EpochMetrics, Precision, evaluate, train_one_epoch
 from tuneapp.losses import build_loss
-from tuneapp.models import StagedModel, WithAux
 from tuneapp.optim import build_optimizer
+from tuneapp.staged import StagedModel, WithAux
 
 PLAIN = Precision("cpu", torch.float32)
 Batch = tuple[Tensor, Tensor]

@@ -22,7 +22,7 @@ from tuneapp.config import (
 )
 from tuneapp.errors import ConfigError
 from tuneapp.losses import build_loss, check_loss
-from tuneapp.models import WithAux
+from tuneapp.staged import WithAux
 
 ln = math.log
 COUNTS = [1, 1, 1]

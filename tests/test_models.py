@@ -12,21 +12,19 @@ from torchvision.ops import StochasticDepth
 
 from tuneapp.config import AdamW, Sgd, TrialConfig
 from tuneapp.errors import ConfigError
+from tuneapp.fit import check_image_size, check_model, skeleton
 from tuneapp.models import (
-    StagedModel,
     build_network,
     build_staged,
-    check_image_size,
-    check_model,
     count_parameters,
     find_family,
     freeze_as,
     freeze_depth_in,
     seed_everything,
     set_dropout,
-    skeleton,
     stage_lrs,
 )
+from tuneapp.staged import StagedModel
 
 NAMES = ("stem", "layer1", "layer2", "layer3", "layer4", "head")
 

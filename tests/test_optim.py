@@ -9,8 +9,9 @@ from torch import nn
 
 from tuneapp.config import Adam, AdamW, Optimizer, RmsProp, Sgd, TrialConfig
 from tuneapp.families import RESNET
-from tuneapp.models import StagedModel, build_network, freeze_as
+from tuneapp.models import build_network, freeze_as
 from tuneapp.optim import build_optimizer, rebuild_optimizer
+from tuneapp.staged import StagedModel
 
 NAMES = ("stem", "layer1", "layer2", "layer3", "layer4", "head")
 

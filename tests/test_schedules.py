@@ -33,10 +33,10 @@ from tuneapp.config import (
     TrialConfig,
 )
 from tuneapp.errors import ConfigError
-from tuneapp.models import StagedModel
 from tuneapp.optim import build_optimizer
 from tuneapp.schedules import Schedule as Running
 from tuneapp.schedules import check_schedule, warmup_steps
+from tuneapp.staged import StagedModel
 
 Row = Mapping[str, float]
 

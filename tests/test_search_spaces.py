@@ -5,8 +5,8 @@ import pytest
 from optuna.distributions import CategoricalDistribution
 
 from tuneapp.config import AdamW, Sgd, TrialConfig
+from tuneapp.fit import check_image_size, check_model
 from tuneapp.losses import check_loss
-from tuneapp.models import check_image_size, check_model
 from tuneapp.schedules import check_schedule
 from tuneapp.space import SearchSpace
 from tuneapp.weights import preprocessing_of

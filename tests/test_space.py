@@ -134,12 +134,20 @@ def test_a_file_that_is_no_search_space_is_named_with_the_line(text, said):
         as_space(text)
 
 
-@pytest.mark.parametrize("name", ["Cosin", "AdanW", "Metric2"])
-def test_a_name_that_the_configuration_does_not_have_is_answered_with_those_it_has(name):
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("Cosin", "; did you mean 'Cosine'?"),
+        ("AdanW", "; did you mean 'AdamW'?"),
+        ("RMSprop", "; did you mean 'RmsProp'?"),
+        ("Metric2", ""),
+    ],
+)
+def test_a_name_that_the_configuration_does_not_have_is_answered_with_those_it_has(name, hint):
     with pytest.raises(SpaceError) as caught:
         as_space(f"import math\nfrom tuneapp.config import Sgd, {name}\n")
     message = str(caught.value)
-    begin = f"space.py:2: cannot import name '{name}' from 'tuneapp.config'; it has "
+    begin = f"space.py:2: cannot import name '{name}' from 'tuneapp.config'{hint}; it has "
     assert message.startswith(begin)
     assert "\n" not in message
     # All classes that are written in a space, and nothing that is none.

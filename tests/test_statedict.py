@@ -13,7 +13,8 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 from tests.states import OWN, OwnNet, State, config_of, copied, require_equal, saved
 from tuneapp.errors import WeightsError
-from tuneapp.models import StagedModel, build_network
+from tuneapp.models import build_network
+from tuneapp.staged import StagedModel
 from tuneapp.statedict import read_state_dict
 from tuneapp.weights import load_weights
 

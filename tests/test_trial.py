@@ -40,8 +40,9 @@ from tuneapp.data.source import ImageSet, read_images
 from tuneapp.data.store import open_store
 from tuneapp.data.views import Batches, evaluation_view, mixing, training_view
 from tuneapp.errors import CheckpointError, ConfigError, Diverged
-from tuneapp.models import StagedModel, build_network
+from tuneapp.models import build_network
 from tuneapp.schedules import Schedule
+from tuneapp.staged import StagedModel
 from tuneapp.training import begin_training
 from tuneapp.trial import TrialRun, run_trial
 from tuneapp.weights import preprocessing_of

@@ -35,7 +35,8 @@ from tuneapp.data.source import ImageSet
 from tuneapp.data.store import Preprocessing
 from tuneapp.errors import ConfigError, WeightsError
 from tuneapp.families import FAMILIES
-from tuneapp.models import build_network, build_staged, skeleton
+from tuneapp.fit import skeleton
+from tuneapp.models import build_network, build_staged
 from tuneapp.optim import build_optimizer
 from tuneapp.schedules import Schedule
 from tuneapp.weights import find_weights, load_weights, preprocessing_of, require_same_weights

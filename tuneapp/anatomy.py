@@ -23,7 +23,9 @@ from torch.utils.hooks import RemovableHandle
 
 from tuneapp.config import Sgd, TrialConfig, is_reference
 from tuneapp.errors import ConfigError
-from tuneapp.models import StagedModel, check_image_size, count_parameters, find_family, skeleton
+from tuneapp.fit import check_image_size, skeleton
+from tuneapp.models import count_parameters, find_family
+from tuneapp.staged import StagedModel
 
 OWN_IMAGE_SIZE = 224
 """Pixels, for a network of one's own, which has no weights that say theirs."""

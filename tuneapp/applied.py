@@ -1,57 +1,30 @@
-"""Proof that a trial trains with what was asked: read back, compared, and recorded.
+"""What a trial really trains with, read back from the objects that train.
 
-What is read comes from the objects that train (optimizer, schedule, parameters, batches); what it
-is compared with comes from the configuration. A difference stops the trial.
+Optimizer, schedule, loss, parameters and batches are asked, never the configuration; `proof.py`
+compares the two.
 """
 
-import fnmatch
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import CyclicLR
 
-from tuneapp import config as c
 from tuneapp.checkpoint import TrainState
-from tuneapp.config import Amp, Optimizer, TrialConfig
-from tuneapp.errors import AppliedValueError
-from tuneapp.loop import EpochMetrics, Precision
+from tuneapp.loop import Precision
 from tuneapp.losses import TrainingLoss
-from tuneapp.models import StagedModel, count_parameters, freeze_depth_in, stage_lrs
-from tuneapp.schedules import Schedule, warmup_steps
+from tuneapp.models import read_dropout
+from tuneapp.schedules import Schedule
+from tuneapp.staged import StagedModel
 
-_SCHEDULE_CLASSES: Mapping[type[c.Schedule], str] = {
-    c.Constant: "ConstantLR",
-    c.Step: "StepLR",
-    c.MultiStep: "MultiStepLR",
-    c.Exponential: "ExponentialLR",
-    c.Polynomial: "PolynomialLR",
-    c.Cosine: "CosineAnnealingLR",
-    c.CosineRestarts: "CosineAnnealingWarmRestarts",
-    c.OneCycle: "OneCycleLR",
-    c.Cyclic: "CyclicLR",
-    c.Plateau: "ReduceLROnPlateau",
-    c.OwnSchedule: "LambdaLR",
-}
+_SCHEDULE_OPTIONS = (
+    *("step_size", "milestones", "gamma", "total_iters", "power", "T_max", "eta_min", "T_0"),
+    *("T_mult", "total_steps", "total_size", "mode", "factor", "patience", "threshold", "cooldown"),
+)
 _OPTIONS = ("momentum", "nesterov", "betas", "alpha", "eps", "centered")
-_OPTIMIZER_CLASSES: Mapping[type[Optimizer], str] = {
-    c.Sgd: "SGD",
-    c.Adam: "Adam",
-    c.AdamW: "AdamW",
-    c.RmsProp: "RMSprop",
-}
-_LOSSES: Mapping[type[c.Loss], str] = {
-    c.CrossEntropy: "CrossEntropyLoss",
-    c.Focal: "focal",
-    c.BinaryCrossEntropy: "binary_cross_entropy",
-    c.Dice: "dice",
-    c.BceDice: "bce_dice",
-    c.Iou: "iou",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +46,9 @@ class Applied:
         frozen_training: names of frozen stages that are not in `eval()` mode, apart from their
             BatchNorm; must be empty.
         frozen_batchnorm: mode of the frozen BatchNorm layers: `eval`, `train`, `mixed` or `none`.
+        schedule_options: what it counts with, by torch's names; epochs in steps.
+        dropout: probabilities of the dropout layers, without repeats.
+        stochastic_depth: probability of the last block's; None without any.
         loss: torch's class, our function, or the import path of the user's.
         loss_options: what it is called with, by the names of the configuration.
         aux_weight: of the losses of auxiliary classifiers.
@@ -90,12 +66,15 @@ class Applied:
     weight_decay: float
     undecayed_parameters: int
     schedule: str
+    schedule_options: dict[str, Any]
     warmup_steps: int
     trainable_parameters: int
     frozen_parameters: int
     frozen_held: int
     frozen_training: tuple[str, ...]
     frozen_batchnorm: str
+    dropout: tuple[float, ...]
+    stochastic_depth: float | None
     loss: str
     loss_options: dict[str, Any]
     aux_weight: float
@@ -120,6 +99,7 @@ def read_back(
     groups = optimizer.param_groups
     held = [id(p) for group in groups for p in group["params"]]
     parameters = list(model.parameters())
+    dropout, stochastic_depth = read_dropout(model.network)
     decays = {float(g["weight_decay"]) for g in groups}
     return Applied(
         lr=_stage_rates(model, groups, schedule),
@@ -132,6 +112,7 @@ def read_back(
             p.numel() for g in groups if g["weight_decay"] == 0 for p in g["params"]
         ),
         schedule=type(schedule.main).__name__,
+        schedule_options=_schedule_options(schedule),
         warmup_steps=schedule.warmup_steps,
         trainable_parameters=sum(
             p.numel() * held.count(id(p)) for p in parameters if p.requires_grad
@@ -140,6 +121,8 @@ def read_back(
         frozen_held=sum(p.numel() for p in parameters if id(p) in held and not p.requires_grad),
         frozen_training=_frozen_training(model),
         frozen_batchnorm=_frozen_batchnorm(model),
+        dropout=dropout,
+        stochastic_depth=stochastic_depth,
         loss=loss,
         loss_options=loss_options,
         aux_weight=loss_fn.aux_weight,
@@ -150,95 +133,6 @@ def read_back(
         precision=str(precision.dtype).removeprefix("torch."),
         weights=weights,
     )
-
-
-def require_applied(
-    applied: Applied,
-    config: TrialConfig,
-    model: StagedModel,
-    device: torch.device,
-    steps_per_epoch: int,
-    epoch: int = 1,
-) -> None:
-    """Compare what is applied with what `config` asks for in `epoch`.
-
-    Raises:
-        AppliedValueError: they differ; the message names every difference.
-    """
-    trained = _wanted_trained(config, model, epoch)
-    by_stage = {s.name: [p for p in s.parameters() if id(p) in trained] for s in model.stages}
-    numbers = sum(p.numel() for p in trained.values())
-    one_dimensional = sum(p.numel() for p in trained.values() if p.ndim <= 1)
-    decay = config.optimizer.weight_decay
-    kind = type(config.loss)
-    undecayed = 0 if config.decay_norms_and_biases else one_dimensional
-    wanted = {
-        "optimizer": _OPTIMIZER_CLASSES[type(config.optimizer)],
-        "options": _wanted_options(config.optimizer),
-        "weight_decay": decay if numbers > undecayed else 0.0,
-        "undecayed_parameters": undecayed if decay > 0 else numbers,
-        "schedule": _SCHEDULE_CLASSES[type(config.schedule)],
-        "warmup_steps": warmup_steps(config, steps_per_epoch),
-        "trainable_parameters": numbers,
-        "frozen_parameters": count_parameters(model.stages) - numbers,
-        "frozen_held": 0,
-        "frozen_training": (),
-        "loss": config.loss.loss if isinstance(config.loss, c.OwnLoss) else _LOSSES[kind],
-        "loss_options": _wanted_loss_options(config.loss),
-        "aux_weight": config.aux_weight,
-        "ema_decay": config.ema_decay,
-        "batch_size": config.batch_size,
-        "device": device.type,
-    }
-    got = applied.as_dict()
-    wrong = [f"{k} is {got[k]!r}, not {v!r}" for k, v in wanted.items() if got[k] != v]
-    if applied.precision not in _allowed_precisions(config.amp, device):
-        wrong.append(f"precision is {applied.precision}, with amp={config.amp!r}")
-    if applied.frozen_batchnorm not in ("none", config.frozen_batchnorm):
-        wrong.append(
-            f"frozen_batchnorm is {applied.frozen_batchnorm!r}, not {config.frozen_batchnorm!r}"
-        )
-    if config.channels_last and not applied.channels_last:
-        wrong.append("channels_last is False, not True")
-    lrs = stage_lrs(config, list(by_stage))
-    lrs = {name: lrs[name] for name, parameters in by_stage.items() if parameters}
-    if applied.lr.keys() != lrs.keys():
-        wrong.append(f"the trained stages are {list(applied.lr)}, not {list(lrs)}")
-    else:
-        wrong += [
-            f"lr of {stage} is {applied.lr[stage]!r}, not {lr!r}"
-            for stage, lr in lrs.items()
-            if not math.isclose(applied.lr[stage], lr, rel_tol=1e-9)
-        ]
-    _raise(wrong)
-
-
-def _wanted_trained(config: TrialConfig, model: StagedModel, epoch: int) -> dict[int, Tensor]:
-    """Return the parameters that `config` wants trained, whatever the model says of itself."""
-    if config.freeze:
-        return {
-            id(p): p
-            for name, p in model.network.named_parameters()
-            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in config.freeze)
-        }
-    depth = freeze_depth_in(config, len(model.stages), epoch)
-    return {id(p): p for stage in model.stages[depth:] for p in stage.parameters()}
-
-
-def require_batches(metrics: EpochMetrics, config: TrialConfig, examples: int, steps: int) -> None:
-    """Check, after the first epoch, the batches that were really trained on.
-
-    Raises:
-        AppliedValueError: their size or number is not what was asked.
-    """
-    # A single leftover example joins the batch before it.
-    leftover = examples > config.batch_size and examples % config.batch_size == 1
-    wrong = []
-    if metrics.largest_batch != min(config.batch_size, examples) + leftover:
-        wrong.append(f"batch_size is {metrics.largest_batch}, not {config.batch_size}")
-    if metrics.steps != steps:
-        wrong.append(f"an epoch took {metrics.steps} steps, not {steps}")
-    _raise(wrong)
 
 
 def _stage_rates(
@@ -276,7 +170,9 @@ def _frozen_batchnorm(model: StagedModel) -> str:
     modes = {
         m.training
         for m in model.modules()
-        if isinstance(m, _BatchNorm) and m.affine and not m.weight.requires_grad
+        if isinstance(m, _BatchNorm)
+        and m.affine
+        and not any(p.requires_grad for p in m.parameters())
     }
     if len(modes) == 2:
         return "mixed"
@@ -289,43 +185,13 @@ def _is_channels_last(parameters: list[nn.Parameter]) -> bool:
     return bool(wide) and all(p.is_contiguous(memory_format=torch.channels_last) for p in wide)
 
 
+def _schedule_options(schedule: Schedule) -> dict[str, Any]:
+    found = {n: v for n, v in vars(schedule.main).items() if n in _SCHEDULE_OPTIONS}
+    if "milestones" in found:
+        found["milestones"] = sorted(found["milestones"])  # torch counts them
+    return found
+
+
 def _common(values: list[Any]) -> Any:
     """Return the one value of all groups, or else all values."""
     return values[0] if all(v == values[0] for v in values) else values
-
-
-def _wanted_options(optimizer: Optimizer) -> dict[str, Any]:
-    match optimizer:
-        case c.Sgd():
-            return {"momentum": optimizer.momentum, "nesterov": optimizer.nesterov}
-        case c.Adam():
-            return {"betas": (optimizer.beta1, optimizer.beta2), "eps": 1e-8}
-        case c.RmsProp():
-            return {
-                "momentum": optimizer.momentum,
-                "alpha": optimizer.alpha,
-                "eps": optimizer.eps,
-                "centered": optimizer.centered,
-            }
-
-
-def _wanted_loss_options(loss: c.Loss) -> dict[str, Any]:
-    match loss:
-        case c.CrossEntropy():
-            weighted = loss.class_weights is not None
-            return {"label_smoothing": loss.label_smoothing, "weighted": weighted}
-        case c.OwnLoss():
-            return {}  # they went into an object that is not ours to look into
-        case _:
-            return asdict(loss)
-
-
-def _allowed_precisions(amp: Amp, device: torch.device) -> tuple[str, ...]:
-    if amp == "auto":
-        return ("float32",) if device.type == "cpu" else ("bfloat16", "float16")
-    return ({"bf16": "bfloat16", "fp16": "float16", "off": "float32"}[amp],)
-
-
-def _raise(wrong: list[str]) -> None:
-    if wrong:
-        raise AppliedValueError("the trial does not train what was asked: " + "; ".join(wrong))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from tuneapp.models import StagedModel
+from tuneapp.staged import StagedModel
 
 
 class WeightAverage:

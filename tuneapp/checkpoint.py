@@ -20,10 +20,11 @@ from torch.optim import Optimizer
 from tuneapp.average import WeightAverage
 from tuneapp.config import TrialConfig, canonical_json
 from tuneapp.errors import CheckpointError
-from tuneapp.models import StagedModel, freeze_as
+from tuneapp.models import freeze_as
 from tuneapp.optim import rebuild_optimizer
 from tuneapp.rundir import write_atomically, write_json
 from tuneapp.schedules import Schedule
+from tuneapp.staged import StagedModel
 
 log = logging.getLogger(__name__)
 

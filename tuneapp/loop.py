@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from tuneapp.average import WeightAverage
 from tuneapp.data.views import Batch
 from tuneapp.errors import DataError, Diverged
-from tuneapp.models import StagedModel
+from tuneapp.staged import StagedModel
 
 READ_EVERY = 50
 """Optimizer steps between two readings of the device."""

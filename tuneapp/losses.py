@@ -24,8 +24,8 @@ from tuneapp.config import (
     OwnLoss,
 )
 from tuneapp.errors import ConfigError, say_cause
-from tuneapp.models import WithAux
 from tuneapp.own import find_own
+from tuneapp.staged import WithAux
 
 
 class TrainingLoss(nn.Module):

@@ -12,7 +12,8 @@ from typing import Any, assert_never
 from torch import nn, optim
 
 from tuneapp.config import Adam, AdamW, RmsProp, Sgd, TrialConfig
-from tuneapp.models import StagedModel, stage_lrs
+from tuneapp.models import stage_lrs
+from tuneapp.staged import StagedModel
 
 
 def build_optimizer(model: StagedModel, config: TrialConfig) -> optim.Optimizer:

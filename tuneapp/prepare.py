@@ -18,18 +18,14 @@ from tuneapp.config import RunSettings, TrialConfig, is_reference
 from tuneapp.data.source import ImageSet, read_images, read_split, require_unchanged, write_split
 from tuneapp.data.store import Preprocessing, open_store
 from tuneapp.errors import ConfigError, SpaceError
+from tuneapp.fit import check_image_size, check_model
 from tuneapp.losses import check_loss
-from tuneapp.models import (
-    StagedModel,
-    build_network,
-    build_staged,
-    check_image_size,
-    check_model,
-)
+from tuneapp.models import build_staged
 from tuneapp.own import fingerprint, import_from, require_same_code
 from tuneapp.rundir import RunDir, RunRecord, open_run, write_atomically, write_record
 from tuneapp.schedules import check_schedule
 from tuneapp.space import Branch, SearchSpace
+from tuneapp.staged import StagedModel
 from tuneapp.training import TrialRun
 from tuneapp.weights import (
     Found,
@@ -161,7 +157,7 @@ def _try_weights(
         if file is None or attempt in tried:
             continue
         tried.add(attempt)
-        network = build_network(config.model, len(images.classes), image_size=size)
+        network = build_staged(config, len(images.classes), size).network
         say(f"weights   {config.model}: {load_weights(network, config, Path(file))}")
 
 

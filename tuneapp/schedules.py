@@ -29,7 +29,7 @@ from torch.optim.lr_scheduler import (
 
 from tuneapp import config as c
 from tuneapp.config import METRIC_MODES, TrialConfig
-from tuneapp.errors import ConfigError
+from tuneapp.errors import ConfigError, say_cause
 from tuneapp.own import find_own
 
 WARMUP_START = 0.01
@@ -53,10 +53,11 @@ class Schedule:
         self._steps_per_epoch = steps_per_epoch
         self._steps_done = 0
         self._monitor = getattr(config.schedule, "monitor", None)
-        for group in optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])  # a plateau does not note it by itself
         warmup = warmup_steps(config, steps_per_epoch)
         self.main = _build_main(optimizer, config, steps_per_epoch, warmup)
+        # A plateau does not note it by itself; cycles must do so themselves, by another value.
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
         self.rise = None
         self._each_step: LRScheduler | None = None
         if warmup > 0:
@@ -170,7 +171,8 @@ def _build_main(  # noqa: C901 - one flat case for each schedule
             )
         case c.OwnSchedule():
             factor = _own_factor(chosen, config)
-            return LambdaLR(optimizer, lambda step: factor(step // steps_per_epoch))
+            last = config.epochs - 1  # torch asks after the last step, too
+            return LambdaLR(optimizer, lambda step: factor(min(step // steps_per_epoch, last)))
         case _:
             assert_never(chosen)
 
@@ -211,7 +213,7 @@ def _own_factor(chosen: c.OwnSchedule, config: TrialConfig) -> Callable[[int], f
         try:
             value = function(epoch, config)
         except Exception as error:
-            raise ConfigError(f"{call} failed: {type(error).__name__}: {error}") from error
+            raise ConfigError(f"{call} failed: {say_cause(error)}") from error
         ok = isinstance(value, int | float) and math.isfinite(value) and value >= 0
         if not ok:
             raise ConfigError(f"{call} returned {value!r}; it must be a number >= 0")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tuneapp.applied import Applied, read_back, require_applied, require_batches
+from tuneapp.applied import Applied, read_back
 from tuneapp.average import WeightAverage
 from tuneapp.checkpoint import TrainState
 from tuneapp.config import Amp, RunSettings, TrialConfig
@@ -19,9 +19,11 @@ from tuneapp.data.views import Batches, evaluation_view, mixing, training_view
 from tuneapp.errors import ConfigError
 from tuneapp.loop import EpochMetrics, Precision
 from tuneapp.losses import TrainingLoss, build_loss
-from tuneapp.models import StagedModel, build_staged, freeze_as, seed_everything
+from tuneapp.models import build_staged, freeze_as, seed_everything
 from tuneapp.optim import build_optimizer
+from tuneapp.proof import require_applied, require_batches, require_trained
 from tuneapp.schedules import Schedule
+from tuneapp.staged import StagedModel
 from tuneapp.weights import load_weights, preprocessing_of
 
 log = logging.getLogger(__name__)
@@ -87,6 +89,7 @@ class Training:
         )
         steps = len(self.train_batches)
         require_applied(applied, self.config, self.state.model, self.device, steps, epoch)
+        require_trained(self.state, self.config, epoch)
         log.info("process %d trains with %s", os.getpid(), applied)
         return applied
 

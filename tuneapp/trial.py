@@ -53,7 +53,7 @@ def run_trial(
     tracker = _open_folder(run, config, state)
     try:
         for epoch in range(state.epoch + 1, config.epochs + 1):
-            if state.enter(epoch):  # it unfreezes some stages
+            if state.enter(epoch) or epoch in config.unfreeze_at:
                 applied = training.check(epoch)
             lrs = {f"lr/{group['stage']}": group["lr"] for group in state.optimizer.param_groups}
             trained = train_one_epoch(

@@ -18,7 +18,8 @@ from tuneapp.config import TrialConfig
 from tuneapp.data.store import Preprocessing
 from tuneapp.errors import ConfigError, WeightsError, did_you_mean
 from tuneapp.fetch import cached_or_fetched, sha256_of
-from tuneapp.models import StagedModel, find_family
+from tuneapp.models import find_family
+from tuneapp.staged import StagedModel
 from tuneapp.statedict import (
     POSITIONS,
     LoadReport,

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 from tuneapp.errors import ConfigError
 
@@ -43,6 +43,22 @@ def is_number(value: object) -> bool:
 def is_whole(value: object, least: int) -> bool:
     """Whether `value` is a whole number of at least `least`; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_plain(value: object) -> bool:
+    """Whether JSON can hold `value`."""
+    if isinstance(value, Mapping):
+        return all(isinstance(k, str) and is_plain(v) for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(is_plain, value))
+    return value is None or isinstance(value, bool | str) or is_number(value)
+
+
+def plain(value: Any) -> Any:
+    """Return `value` with dicts for mappings and lists for tuples, as JSON has them."""
+    if isinstance(value, Mapping):
+        return {key: plain(v) for key, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def is_reference(value: object) -> bool:

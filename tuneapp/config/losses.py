@@ -10,6 +10,7 @@ from tuneapp.config.checks import (
     at_least_zero,
     fraction,
     is_number,
+    is_plain,
     reference,
     require,
 )
@@ -134,10 +135,11 @@ class OwnLoss(Checked):
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def _mistakes(self) -> list[str]:
-        ok = isinstance(self.options, Mapping) and all(isinstance(k, str) for k in self.options)
+        ok = isinstance(self.options, Mapping) and is_plain(self.options)
+        words = "a mapping name -> value, of numbers, strings, lists and mappings"
         return [
             *reference("loss", self.loss),
-            *require(ok, "options", self.options, "a mapping name -> value"),
+            *require(ok, "options", self.options, words),
         ]
 
 

@@ -136,7 +136,7 @@ class CosineRestarts(_WarmedUp):
 
 @dataclass(frozen=True, kw_only=True)
 class OneCycle(Checked):
-    """`torch.optim.lr_scheduler.OneCycleLR`: `lr` is the peak, reached after two steps or more.
+    """`torch.optim.lr_scheduler.OneCycleLR`: up to `lr`, its peak, and down to almost nothing.
 
     The momentum (Adam: beta1) stays where the optimizer's configuration puts it.
     """
@@ -187,7 +187,7 @@ class Plateau(_WarmedUp):
     Attributes:
         factor: in (0, 1).
         patience: so many epochs without improvement are borne.
-        threshold: an improvement is one by at least this share.
+        threshold: an improvement is one by more than this share.
         cooldown: epochs after a reduction that do not count.
         monitor: `val/loss` (lower is better) or `val/accuracy` (higher is).
     """

@@ -1,7 +1,7 @@
 """A trial's configuration: everything that decides what is trained."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from tuneapp.config.checks import (
@@ -11,6 +11,7 @@ from tuneapp.config.checks import (
     is_number,
     is_whole,
     one_of,
+    plain,
     require,
     true_or_false,
     whole,
@@ -33,7 +34,7 @@ class Preprocess(Checked):
     """What is to differ from the weights' own preprocessing; None leaves theirs.
 
     Attributes:
-        mean: of each colour channel, red, green, blue, in [0, 1]; subtracted.
+        mean: of each colour channel, red, green, blue, of pixels in [0, 1]; subtracted.
         std: of each colour channel, > 0; divided by.
         interpolation: `nearest`, `bilinear` or `bicubic`.
         resize_size: pixels of an image's shorter side before it is cropped to `image_size`.
@@ -247,16 +248,16 @@ class TrialConfig(Checked):
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; each choice says its class under `kind`."""
-        plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        values = _fields(self)
         for name in ("optimizer", "schedule", "loss"):
-            choice = plain[name]
-            plain[name] = {"kind": type(choice).__name__, **asdict(choice)}
-        plain["preprocess"] = asdict(self.preprocess)
-        plain["unfreeze_at"] = {str(epoch): depth for epoch, depth in self.unfreeze_at.items()}
-        plain["freeze"] = list(self.freeze)
-        if isinstance(self.lr_ratio, Mapping):
-            plain["lr_ratio"] = dict(self.lr_ratio)
-        return plain
+            values[name] = {"kind": type(values[name]).__name__, **_fields(values[name])}
+        values["preprocess"] = _fields(self.preprocess)
+        values["unfreeze_at"] = {str(epoch): depth for epoch, depth in self.unfreeze_at.items()}
+        return values
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
 
 
 def _choice(name: str, value: object, kinds: tuple[type, ...]) -> list[str]:
