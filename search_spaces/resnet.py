@@ -6,6 +6,9 @@
 The first trials are what the field would run unsearched: the head alone, everything with AdamW
 and layer-wise decay, everything with SGD, half of the network, a one-cycle. The search has to
 beat them.
+
+Measured on the digits with random weights, 16 trials: everything with AdamW 0.991, with SGD 0.987,
+the head alone 0.904; the search did not beat them. 4 min 38 s on two CPU cores.
 """
 
 from optuna import Trial
