@@ -5,6 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tuneapp.average import WeightAverage
+from tuneapp.config import AdamW, CrossEntropy, Plateau, TrialConfig
+from tuneapp.models import build_staged
 from tuneapp.trial import run_trial
 
 pytestmark = [
@@ -54,3 +57,40 @@ def test_a_resumed_trial_on_a_gpu_goes_on_with_its_state(config, run, tmp_path):
     assert [r["epoch"] for r in again] == [1, 2, 3]
     # The algorithms of a GPU may differ from run to run in the last bits.
     assert again[-1]["train/loss"] == pytest.approx(whole[-1]["train/loss"], rel=1e-2)
+
+
+def test_everything_at_once_trains_on_a_gpu(config, run):
+    rows = []
+    trial = replace(
+        config,
+        epochs=4,
+        freeze_depth=-1,
+        unfreeze_at={2: 4, 3: 0},
+        loss=CrossEntropy(label_smoothing=0.1, class_weights="balanced"),
+        schedule=Plateau(patience=0, warmup_fraction=0.1),
+        mixup_alpha=0.2,
+        cutmix_alpha=1.0,
+        ema_decay=0.9,
+        decay_norms_and_biases=False,
+        channels_last=True,
+        accumulation_steps=2,
+        clip_value=1.0,
+    )
+    state = run_trial(trial, replace(run, has_gpu=True), rows.append)
+    assert next(state.average.model.parameters()).device.type == "cuda"
+    assert rows[-1]["applied"]["channels_last"]
+    assert rows[-1]["applied"]["frozen_parameters"] == 0
+    assert rows[-1]["val/loss"] < rows[0]["val/loss"]
+
+
+def test_a_step_with_an_average_does_not_wait_for_the_gpu():
+    torch.manual_seed(0)
+    config = TrialConfig(model="resnet18", optimizer=AdamW(lr=1e-3), ema_decay=0.9)
+    model = build_staged(config, num_classes=3, image_size=32).cuda()
+    average = WeightAverage(model, 0.9)
+    average.update(model)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        average.update(model)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
