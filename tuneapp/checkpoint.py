@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
@@ -41,6 +42,7 @@ class TrainState:
         config: the trial's configuration; a checkpoint of another one is refused.
         steps_per_epoch: optimizer steps of an epoch.
         average: of the weights, where the configuration asks for one.
+        loss_fn: where it has a state of its own, that goes with the rest.
         history: one row of metrics for each epoch done, oldest first.
         best_epoch: the epoch of the best metric so far; 0 before the first.
     """
@@ -52,6 +54,7 @@ class TrainState:
     config: TrialConfig
     steps_per_epoch: int
     average: WeightAverage | None = None
+    loss_fn: nn.Module | None = None
     history: list[Row] = field(default_factory=list)
     best_epoch: int = 0
 
@@ -115,6 +118,7 @@ class TrainState:
         return {
             "config": canonical_json(self.config.as_dict()),
             "model": self.model.state_dict(),
+            "loss": {} if self.loss_fn is None else self.loss_fn.state_dict(),
             "ema": None if self.average is None else self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -136,6 +140,8 @@ class TrainState:
         self.best_epoch = content["best_epoch"]
         self.enter(self.epoch)  # the optimizer's groups are those of the epoch that was saved
         self.model.load_state_dict(content["model"])
+        if self.loss_fn is not None:
+            self.loss_fn.load_state_dict(content["loss"])
         if self.average is not None:
             self.average.load_state_dict(content["ema"])
         self.optimizer.load_state_dict(content["optimizer"])

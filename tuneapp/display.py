@@ -285,7 +285,7 @@ def lr_range_lines(found: "LrRange", name: str) -> list[str]:
             f"lr        nothing to propose: from {found.lrs[0]:g} to {found.lrs[-1]:g} the loss "
             "did not fall; try --lowest, --highest and --steps"
         ]
-    low, high = f"{found.low:.0e}", f"{found.high:.0e}"
+    low, high = f"{found.low:.1e}", f"{found.high:.1e}"
     open_end = found.high == found.lrs[-1]
     return [
         f"lr        from {found.low:.1e}, where the loss begins to fall, to {found.high:.1e}, "

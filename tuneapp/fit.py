@@ -3,6 +3,7 @@
 Nothing is computed: networks are built without their numbers, on the `meta` device.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -96,6 +97,8 @@ def _depth_mistakes(config: TrialConfig, names: Sequence[str]) -> list[str]:
     depth = freeze_depth_in(config, len(names))
     for epoch in sorted(config.unfreeze_at):
         after = freeze_depth_in(config, len(names), epoch)
+        if depth == 0:
+            return [f"unfreeze_at epoch {epoch}: nothing is frozen by then; set freeze_depth"]
         if after >= depth:
             return [
                 f"unfreeze_at epoch {epoch}: depth {after} must be less than the {depth} before it"
@@ -109,10 +112,17 @@ def _pattern_mistakes(config: TrialConfig, model: StagedModel) -> list[str]:
     mistakes = []
     for pattern in config.freeze:
         if not any(matches(name, [pattern]) for name in names):
-            hint = did_you_mean(pattern, names) or f"; its names are such as {names[0]!r}"
+            tops = {name.partition(".")[0]: None for name in names}
+            hint = (
+                did_you_mean(pattern.partition(".")[0], tops)
+                or f"; its names are such as {names[0]!r}"
+            )
             mistakes.append(f"freeze {pattern!r} matches no parameter of {config.model}{hint}")
+    head = _parameter_names(model, model.stages[-1])
     if config.freeze and all(matches(name, config.freeze) for name in names):
         mistakes.append(f"freeze {list(config.freeze)} leaves nothing of {config.model} to train")
+    elif config.freeze and all(matches(name, config.freeze) for name in head):
+        mistakes.append(f"freeze {list(config.freeze)} freezes the head, which is new: {head[0]}")
     return mistakes
 
 
@@ -196,9 +206,17 @@ def _failure(model: str, size: int, aux: bool) -> str | None:
 @lru_cache(maxsize=32)
 def _own_failure(build: Callable[[int], Any], model: str, size: int) -> str | None:
     staged = _own_skeleton(build, model)
+    for training in (False, True):
+        failure = _own_forward(copy.deepcopy(staged).train(training), size)
+        if failure is not None:
+            return f"while training, {failure}" if training else failure
+    return None
+
+
+def _own_forward(staged: StagedModel, size: int) -> str | None:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
-            logits = staged.eval()(torch.zeros(2, 3, size, size))
+            logits = staged(torch.zeros(2, 3, size, size))
         except Exception as error:
             return _first_line(error)
     if not isinstance(logits, Tensor) or logits.shape != (2, 10):

@@ -1,7 +1,8 @@
 """The canonical loop: train one epoch, evaluate. No files, no Ray, no printing.
 
 Nothing inside a step waits for the device: losses and gradient norms stay there as tensors and are
-read once per `READ_EVERY` steps, which is also when a loss that is not finite is noticed.
+read once per `READ_EVERY` steps, which is also when a loss that is not finite is noticed. (Only
+float16 with an optimizer that is not fused waits, in torch's GradScaler, whether to skip the step.)
 """
 
 import contextlib

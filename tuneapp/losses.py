@@ -4,6 +4,7 @@ All of them compute in float32, whatever the network computes in, and take label
 of classes. Cross-entropies are in nats; Dice and IoU losses have no unit and lie in [0, 1].
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, assert_never
@@ -105,7 +106,8 @@ def check_loss(config: Loss, num_classes: int, mixed: bool = False) -> list[str]
         targets = F.one_hot(targets, num_classes).float()
     try:
         with torch.random.fork_rng(devices=[]):
-            loss = build_loss(config, [1] * num_classes)(logits, targets)
+            loss_fn = build_loss(config, [1] * num_classes)
+            loss = loss_fn(logits, targets)
             gradient = None
             if loss.requires_grad:
                 (gradient,) = torch.autograd.grad(loss, logits, allow_unused=True)
@@ -114,6 +116,12 @@ def check_loss(config: Loss, num_classes: int, mixed: bool = False) -> list[str]
     except Exception as error:
         what = "shares of classes (images are mixed)" if mixed else "labels"
         return [f"loss {name}: trying it on two examples with {what} failed: {say_cause(error)}"]
+    parameters = [n.removeprefix("of_logits.called.") for n, _ in loss_fn.named_parameters()]
+    if parameters:
+        return [
+            f"loss {name}: its parameters ({', '.join(parameters)}) would not be trained; make "
+            "them buffers, or put them into the network"
+        ]
     if not loss.isfinite():
         return [f"loss {name}: it is {loss.item()} for logits in [-1, 1]; it must be finite"]
     if gradient is None:
@@ -282,7 +290,7 @@ class _Own(nn.Module):
         elif not isinstance(found, nn.Module):
             self.called = partial(found, **config.options)
         elif not config.options:
-            self.called = found
+            self.called = copy.deepcopy(found)  # no trial shall see what another left in it
         else:
             raise ConfigError(
                 f"loss {config.loss!r} is an instance of {type(found).__name__} and takes no "

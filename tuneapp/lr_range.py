@@ -14,7 +14,7 @@ import torch
 
 from tuneapp.config import Constant, TrialConfig
 from tuneapp.data.views import Batch, Batches
-from tuneapp.errors import Diverged
+from tuneapp.errors import ConfigError, Diverged
 from tuneapp.loop import train_one_epoch
 from tuneapp.training import Training, TrialRun, begin_training
 
@@ -87,8 +87,13 @@ def propose(lrs: list[float], curves: list[list[float]]) -> LrRange:
     Args:
         lrs: of every step.
         curves: training losses of each seed; shorter where it blew up.
+
+    Raises:
+        ConfigError: a seed has no loss at all.
     """
     reached = min(len(curve) for curve in curves)
+    if reached == 0:
+        raise ConfigError(f"the loss is not finite at the lowest learning rate, {lrs[0]:g}")
     losses = tuple(tuple(curve[:reached]) for curve in curves)
     mean = [math.fsum(column) / len(column) for column in zip(*losses, strict=True)]
     smoothed = smooth(mean)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torchvision
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from torchvision.ops import StochasticDepth
 
 from tuneapp.config import TrialConfig, is_reference
@@ -88,12 +89,12 @@ def set_dropout(
     Returns:
         How many layers there are of each kind.
     """
-    drops = [m for m in network.modules() if isinstance(m, nn.Dropout) or hasattr(m, "drop_rate")]
+    drops = [m for m in network.modules() if isinstance(m, _DropoutNd) or hasattr(m, "drop_rate")]
     skips = [m for m in network.modules() if isinstance(m, StochasticDepth)]
     if dropout is not None:
         for layer in drops:
             # DenseNet's layers call the function, with a field of their own.
-            setattr(layer, "p" if isinstance(layer, nn.Dropout) else "drop_rate", dropout)
+            setattr(layer, "p" if isinstance(layer, _DropoutNd) else "drop_rate", dropout)
     if stochastic_depth is not None:
         highest = max((skip.p for skip in skips), default=0.0)
         for index, skip in enumerate(skips):
@@ -104,7 +105,7 @@ def set_dropout(
 
 def read_dropout(network: nn.Module) -> tuple[tuple[float, ...], float | None]:
     """Return the probabilities of the dropout layers, and that of the last stochastic depth."""
-    drops = {m.p for m in network.modules() if isinstance(m, nn.Dropout)}
+    drops = {m.p for m in network.modules() if isinstance(m, _DropoutNd)}
     layers: list[Any] = [m for m in network.modules() if hasattr(m, "drop_rate")]
     drops |= {float(layer.drop_rate) for layer in layers}
     skips = [float(m.p) for m in network.modules() if isinstance(m, StochasticDepth)]

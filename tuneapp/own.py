@@ -58,23 +58,44 @@ def find_own(reference: str, field: str) -> Any:
     return found
 
 
-def fingerprint(reference: str) -> tuple[str, str] | None:
-    """Return the file that defines an object and its SHA-256; None for a space's own text."""
+def fingerprints(references: Iterable[str], folders: Iterable[str]) -> dict[str, str]:
+    """Return the files of the user's own code that are in use, with their SHA-256.
+
+    Args:
+        references: import paths; a space's own text has no file of its own here.
+        folders: what was imported from these counts too, but not what is installed there.
+    """
+    files = {file for reference in references if (file := _file_of(reference)) is not None}
+    places = [Path(folder).resolve() for folder in folders]
+    for module in list(sys.modules.values()):
+        named = getattr(module, "__file__", None)
+        file = Path(named).resolve() if named else None
+        if file is None or file.suffix != ".py" or not file.is_file():
+            continue
+        installed = "site-packages" in file.parts or Path(__file__).parent in file.parents
+        if not installed and any(place in file.parents for place in places):
+            files.add(file)
+    return {str(file): _sha256(file) for file in sorted(files)}
+
+
+def _file_of(reference: str) -> Path | None:
+    """Return the file that an import path leads to; None for a space's own text."""
     module_name = reference.partition(":")[0]
     if module_name in _spaces:
         return None
     file = getattr(importlib.import_module(module_name), "__file__", None)
-    return None if file is None else (file, _sha256(Path(file)))
+    return None if file is None else Path(file).resolve()
 
 
-def require_same_code(code: Mapping[str, str]) -> None:
-    """Check that files of the user's own code are what they were when the run began.
+def require_same_code(code: Mapping[str, str], references: Iterable[str] = ()) -> None:
+    """Check that the user's own code is what it was when the run began.
 
     Args:
         code: file -> its SHA-256.
+        references: import paths that must lead to one of these files.
 
     Raises:
-        RunError: one is gone, or has changed.
+        RunError: a file is gone, or has changed, or another one of its name is imported.
     """
     for file, sha256 in code.items():
         try:
@@ -84,6 +105,14 @@ def require_same_code(code: Mapping[str, str]) -> None:
         if not same:
             raise RunError(
                 f"{file} has changed since this run began; restore it, or begin a new run"
+            )
+    for reference in references:
+        imported = _file_of(reference)
+        namesakes = [file for file in code if imported and Path(file).name == imported.name]
+        if namesakes and str(imported) not in code:
+            raise RunError(
+                f"{reference!r} is imported from {imported} here, and was from {namesakes[0]} when "
+                "this run began; go on from the same folder, or rename one of the two"
             )
 
 

@@ -21,9 +21,9 @@ from tuneapp.errors import ConfigError, SpaceError
 from tuneapp.fit import check_image_size, check_model
 from tuneapp.losses import check_loss
 from tuneapp.models import build_staged
-from tuneapp.own import fingerprint, import_from, require_same_code
+from tuneapp.own import fingerprints, import_from, require_same_code
 from tuneapp.rundir import RunDir, RunRecord, open_run, write_atomically, write_record
-from tuneapp.schedules import check_schedule
+from tuneapp.schedules import check_schedule, check_steps
 from tuneapp.space import Branch, SearchSpace
 from tuneapp.staged import StagedModel
 from tuneapp.training import TrialRun
@@ -98,7 +98,10 @@ def prepare(
         weights=found,
         max_epochs=max(c.epochs for c in configs),
         warnings=tuple(dict.fromkeys(f.warning for f in found.values() if f.warning)),
-        code=dict(own for c in configs for own in map(fingerprint, _references(c)) if own),
+        code=fingerprints(
+            [reference for c in configs for reference in _references(c)],
+            [str(Path.cwd()), str(space.path.absolute().parent)],
+        ),
     )
 
 
@@ -138,6 +141,7 @@ def prepare_one(
 def _mistakes_with(config: TrialConfig, images: ImageSet) -> list[str]:
     """Return what is wrong with a configuration for these images."""
     mistakes = check_loss(config.loss, len(images.classes), mixed=config.is_mixed)
+    mistakes += check_steps(config, len(images.of("train")))
     try:
         size = preprocessing_of(config, images.native_size).crop_size
     except ConfigError as error:
@@ -211,6 +215,7 @@ def assemble(
 ) -> tuple[TrialConfig, TrialRun]:
     """Return a trial of a run: its configuration, and where and how it runs."""
     config = record.settings.applied_to(read_run_space(run, record).config(params))
+    require_same_code(record.code, _references(config))  # again: it can change while trials run
     found = record.weights.get(weights_key(config))
     if found is None:  # a choice between the ends of a range, which the probe did not see
         found = find_weights(config.model, config.weights).as_dict()

@@ -32,6 +32,8 @@ from tuneapp.config import METRIC_MODES, TrialConfig
 from tuneapp.errors import ConfigError, say_cause
 from tuneapp.own import find_own
 
+ONE_CYCLE_STEPS = 3
+"""The fewest steps in which OneCycleLR can rise and fall."""
 WARMUP_START = 0.01
 """Share of the learning rate at which a warm-up begins."""
 
@@ -132,6 +134,21 @@ def check_schedule(config: TrialConfig) -> list[str]:
     return []
 
 
+def check_steps(config: TrialConfig, num_examples: int) -> list[str]:
+    """Return whether a training on so many examples is too short for the schedule."""
+    steps = config.epochs * max(num_examples // config.batch_size, 1)
+    if isinstance(config.schedule, c.OneCycle) and steps < ONE_CYCLE_STEPS:
+        return [_too_short(steps)]
+    return []
+
+
+def _too_short(steps: int) -> str:
+    return (
+        f"schedule OneCycle needs {ONE_CYCLE_STEPS} optimizer steps, this training has {steps}; "
+        "give more epochs, or a smaller batch_size"
+    )
+
+
 def _build_main(  # noqa: C901 - one flat case for each schedule
     optimizer: optim.Optimizer, config: TrialConfig, steps_per_epoch: int, warmup: int
 ) -> LRScheduler | ReduceLROnPlateau:
@@ -178,8 +195,8 @@ def _build_main(  # noqa: C901 - one flat case for each schedule
 
 
 def _one_cycle(optimizer: optim.Optimizer, chosen: c.OneCycle, total: int) -> OneCycleLR:
-    if total < 3:
-        raise ConfigError(f"schedule OneCycle needs 3 optimizer steps, this training has {total}")
+    if total < ONE_CYCLE_STEPS:
+        raise ConfigError(_too_short(total))
     return OneCycleLR(
         optimizer,
         max_lr=[group["lr"] for group in optimizer.param_groups],

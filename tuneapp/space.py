@@ -7,11 +7,13 @@ directory gets a copy, trials read that copy, and nothing depends on the file st
 Imports Optuna, and neither torch nor Ray.
 """
 
+import re
+import sys
 import traceback
 import types
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +63,8 @@ class SearchSpace:
         """
         self.text = text
         self.path = path
-        module = types.ModuleType("search_space_file")
+        module = types.ModuleType(f"search_space_{path.stem}")
+        sys.modules[module.__name__] = module  # where dataclasses look for their annotations
         module.__file__ = str(path)
         import_from([str(path.parent.absolute())])
         try:
@@ -279,7 +282,19 @@ def _say(error: Exception) -> str:
         said = error.msg.split(" (")[0]
         wanted = said.split("'")[1]
         return f"{said}{did_you_mean(wanted, _choices())}; it has {', '.join(_choices())}"
+    if isinstance(error, TypeError) and (said := _say_field(error)) is not None:
+        return said
     return f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}"
+
+
+def _say_field(error: TypeError) -> str | None:
+    """Name the fields of one of our classes that was called with another."""
+    found = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    kind = getattr(config_names, found[1], None) if found else None
+    if found is None or kind is None:
+        return None
+    known = [field.name for field in fields(kind)]
+    return f"{found[1]} has no {found[2]}{did_you_mean(found[2], known)}; it has {', '.join(known)}"
 
 
 def _choices() -> list[str]:

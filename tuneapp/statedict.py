@@ -6,6 +6,7 @@ tensor all the same is found here.
 """
 
 import logging
+import pickle
 import re
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Mapping
@@ -37,13 +38,18 @@ _OLD_NAMES = (
 )
 
 
+# How training scripts commonly wrap a state_dict, and ours: an average before the weights.
+_WRAPPED_BY = ("ema", "model_ema", "state_dict_ema", "model_state_dict", "state_dict", "model")
+
+
 @lru_cache(maxsize=4)
 def read_state_dict(file: Path, changed_ns: int) -> State:
     """Return the tensors in `file` under the names that they have there; read once per process.
 
     Args:
         file: `.safetensors`; or written by `torch.save` of a state_dict or of a dict that holds
-            one, such as a checkpoint: its `ema`, else its `state_dict` or `model`.
+            one, such as a checkpoint: its average (`ema`, `model_ema`), else its `state_dict`,
+            `model_state_dict` or `model`.
         changed_ns: its modification time, so that a changed file is read anew.
 
     Raises:
@@ -57,13 +63,18 @@ def read_state_dict(file: Path, changed_ns: int) -> State:
             content = safetensors.torch.load(file.read_bytes())
         else:
             content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise WeightsError(
+            f"{file} holds a pickled object, or is damaged; it must hold plain tensors: save it "
+            "with torch.save(model.state_dict(), ...)"
+        ) from None
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WeightsError(
             f"{file} is not a readable file of plain weights ({first[:100]}); delete it, or save "
             "it again with torch.save(model.state_dict(), ...)"
         ) from None
-    for key in ("ema", "state_dict", "model"):  # how training scripts commonly wrap it, and ours
+    for key in _WRAPPED_BY:
         if isinstance(content, dict) and _holds_tensors(content.get(key)):
             content = content[key]
     if not _holds_tensors(content):

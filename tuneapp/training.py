@@ -117,6 +117,7 @@ def begin_training(config: TrialConfig, run: TrialRun) -> Training:
     seed_everything(run.settings.seed, config.seed)
     model = _build_model(config, run, preprocessing.crop_size, device)
     class_counts = train_batches.class_counts(len(run.images.classes))
+    loss_fn = build_loss(config.loss, class_counts, config.aux_weight).to(device)
     return Training(
         config=config,
         run=run,
@@ -124,8 +125,8 @@ def begin_training(config: TrialConfig, run: TrialRun) -> Training:
         precision=precision,
         train_batches=train_batches,
         val_batches=val_batches,
-        loss_fn=build_loss(config.loss, class_counts, config.aux_weight).to(device),
-        state=_begin(config, model, len(train_batches), precision),
+        loss_fn=loss_fn,
+        state=_begin(config, model, loss_fn, len(train_batches), precision),
     )
 
 
@@ -189,7 +190,11 @@ def _build_model(
 
 
 def _begin(
-    config: TrialConfig, model: StagedModel, steps_per_epoch: int, precision: Precision
+    config: TrialConfig,
+    model: StagedModel,
+    loss_fn: TrainingLoss,
+    steps_per_epoch: int,
+    precision: Precision,
 ) -> TrainState:
     """Return the state before the first epoch."""
     optimizer = build_optimizer(model, config)
@@ -201,4 +206,5 @@ def _begin(
         config=config,
         steps_per_epoch=steps_per_epoch,
         average=None if config.ema_decay is None else WeightAverage(model, config.ema_decay),
+        loss_fn=loss_fn,
     )

@@ -138,6 +138,8 @@ class CosineRestarts(_WarmedUp):
 class OneCycle(Checked):
     """`torch.optim.lr_scheduler.OneCycleLR`: up to `lr`, its peak, and down to almost nothing.
 
+    The rise takes `pct_start` of all steps, and two at least.
+
     The momentum (Adam: beta1) stays where the optimizer's configuration puts it.
     """
 
@@ -189,7 +191,8 @@ class Plateau(_WarmedUp):
         patience: so many epochs without improvement are borne.
         threshold: an improvement is one by more than this share.
         cooldown: epochs after a reduction that do not count.
-        monitor: `val/loss` (lower is better) or `val/accuracy` (higher is).
+        monitor: `val/loss` (lower is better), which is cross-entropy whatever is minimised, or
+            `val/accuracy` (higher is), which suits losses of each class against the rest.
     """
 
     factor: float = 0.1
@@ -216,7 +219,7 @@ class OwnSchedule(_WarmedUp):
     Attributes:
         factor: import path, such as `package.module:name`, of a function
             `factor(epoch, config) -> float`: what the learning rates are multiplied by in this
-            epoch, counted from 0.
+            epoch, counted from 0 at the end of the warm-up.
     """
 
     factor: str

@@ -161,7 +161,8 @@ class Batches:
         """
         count = len(self._indices)
         starts = list(range(0, count, self.batch_size))
-        if self._seed is not None and len(starts) > 1 and count - starts[-1] == 1:
+        is_single = count - starts[-1] == 1 and self.batch_size > 1
+        if self._seed is not None and len(starts) > 1 and is_single:
             starts.pop()
         return list(zip(starts, [*starts[1:], count], strict=True))
 
