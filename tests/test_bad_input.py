@@ -42,6 +42,18 @@ class Stray(nn.Module):
 def stray(num_classes):
     return Stray()
 
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3 * 32 * 32, 10)
+
+    def forward(self, x):
+        logits = self.fc(x.flatten(1))
+        return (logits, logits) if self.training else logits
+
+def pair(num_classes):
+    return Pair()
+
 def vector(logits, targets):
     return logits.sum(dim=1)
 
@@ -57,6 +69,11 @@ MISTAKES = {
     '"model": "own_things:no_network"': ["returned str, no nn.Module"],
     '"model": "own_things:stray"': ["Stray", "two.weight is in none", "stages()"],
     '"model": "own_things:flat"': ["own_things:flat", "32 x 32 pixels", "shapes cannot"],
+    '"model": "own_things:pair"': ["while training", "returned tuple, not logits (2, 10)"],
+    '"schedule": OneCycle(), "epochs": 1, "batch_size": 16': ["OneCycle needs 3", "has 1"],
+    '"schedule": Cosine(warmup_epochs=1)': ["Cosine has no warmup_epochs; it has warmup_fraction"],
+    '"freeze": ["fc.*"]': ["freezes the head, which is new: fc.weight"],
+    '"freeze_depth": 0, "unfreeze_at": {2: 0}': ["nothing is frozen by then; set freeze_depth"],
     '"model": "alexnet"': ["alexnet cannot take images of 32 x 32", "64 is possible"],
     '"lr_ratio": {"layer4": 0.1, "laier3": 0.1}': [
         "lr_ratio must name the trained stages of resnet18: stem, layer1",

@@ -614,13 +614,16 @@ def test_the_check_leaves_the_random_numbers_alone(offer: Callable[[object], str
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_check_leaves_no_gradient_in_an_own_loss(offer: Callable[[object], str]) -> None:
+def test_the_check_refuses_parameters_and_leaves_no_gradient_in_them(
+    offer: Callable[[object], str],
+) -> None:
     class Learned(nn.Linear):
         def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
             return super().forward(logits).mean()
 
     instance = Learned(3, 1)
-    assert check_loss(OwnLoss(loss=offer(instance)), num_classes=3) == []
+    (line,) = check_loss(OwnLoss(loss=offer(instance)), num_classes=3)
+    assert "its parameters (weight, bias) would not be trained" in line
     assert instance.weight.grad is None
 
 

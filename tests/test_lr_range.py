@@ -12,7 +12,8 @@ from tuneapp.cli import main
 from tuneapp.config import Cosine, OneCycle, RunSettings, Sgd, TrialConfig
 from tuneapp.data.source import ImageSet
 from tuneapp.data.views import Batch
-from tuneapp.errors import Diverged
+from tuneapp.display import lr_range_lines
+from tuneapp.errors import ConfigError, Diverged
 from tuneapp.figures import draw_lr_range
 from tuneapp.lr_range import LrRange, find_lr_range, propose, smooth
 from tuneapp.training import Training, TrialRun
@@ -245,3 +246,14 @@ def test_the_proposal_names_the_lr_of_the_chosen_branch(
     words += [*chosen, "--output", str(tmp_path / "x.png")]
     assert main(["lr-range", str(small_space), *words]) == 0
     assert 'trial.suggest_float("sgd.lr", ' in capsys.readouterr().out
+
+
+def test_a_seed_without_any_finite_loss_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match=r"not finite at the lowest learning rate, 1e-06"):
+        propose(rising(10, 1e-6, 1.0), [[], [2.0] * 10])
+
+
+def test_the_proposed_bounds_are_never_the_same() -> None:
+    lrs = tuple(rising(20, 1e-4, 1e-1))
+    found = LrRange(lrs, ((1.0,) * 20,), (1.0,) * 20, 1.6e-3, 2.4e-3, 2e-3)
+    assert lr_range_lines(found, "lr")[1].endswith('("lr", 1.6e-03, 2.4e-03, log=True)')

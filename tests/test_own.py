@@ -119,17 +119,17 @@ def test_a_fingerprint_is_the_file_and_its_sha256(tmp_path: Path) -> None:
     file = write(tmp_path, "marked", "def build(n):\n    return n\n")
     own.import_from([str(tmp_path)])
     wanted = hashlib.sha256(b"def build(n):\n    return n\n").hexdigest()
-    assert own.fingerprint("marked:build") == (str(file), wanted)
+    assert own.fingerprints(["marked:build"], []) == {str(file): wanted}
     file.write_text("def build(n):\n    return n + 1\n")
-    assert own.fingerprint("marked:build") != (str(file), wanted)
+    assert own.fingerprints(["marked:build"], []) != {str(file): wanted}
 
 
 def test_what_has_no_file_of_its_own_has_no_fingerprint(tmp_path: Path) -> None:
     write(tmp_path, "my_space", "build = print\n")
     own.offer("my_space", space(build=print))
     own.import_from([str(tmp_path)])
-    assert own.fingerprint("my_space:build") is None  # its text is kept with the run
-    assert own.fingerprint("sys:exit") is None
+    # A space's text is kept with the run; a built-in module has no file.
+    assert own.fingerprints(["my_space:build", "sys:exit"], []) == {}
 
 
 def test_code_that_has_changed_or_gone_is_refused(tmp_path: Path) -> None:
@@ -143,3 +143,16 @@ def test_code_that_has_changed_or_gone_is_refused(tmp_path: Path) -> None:
     two.unlink()
     with pytest.raises(RunError, match=rf"^{two}, which this run uses, cannot be read: "):
         own.require_same_code(code)
+
+
+def test_a_module_of_the_same_name_elsewhere_is_not_taken_for_the_runs_own(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    text = b"def build(n):\n    return n\n"
+    for folder in (here, there):
+        folder.mkdir()
+        (folder / "namesake.py").write_bytes(text)
+    own.import_from([str(there)])
+    begun_with = {str(here / "namesake.py"): hashlib.sha256(text).hexdigest()}
+    with pytest.raises(RunError, match=r"'namesake:build' is imported from .*namesake\.py here, "):
+        own.require_same_code(begun_with, ["namesake:build"])
+    own.require_same_code(own.fingerprints(["namesake:build"], []), ["namesake:build"])

@@ -56,11 +56,14 @@ PARAMS = {"kind": "plain", "lr": 0.012345678901234567}
 
 
 @pytest.fixture(autouse=True)
-def own_modules(monkeypatch):
+def own_modules(monkeypatch, tmp_path_factory):
     """Forget the modules of the user's own that a test has made."""
     monkeypatch.setattr(own, "_spaces", {})
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.chdir(
+        tmp_path_factory.mktemp("here")
+    )  # what was imported from the working directory counts
     before = set(sys.modules)
     yield
     for name in set(sys.modules) - before:
@@ -516,7 +519,21 @@ def test_code_in_several_files_is_noted_file_by_file(tmp_path, photos):
         "same": uses("mine", "model"),
     }
     prepared, _ = prepared_of(make(tmp_path, choices, more=OWN_CODE), photos)
-    assert set(prepared.code) == {str(package / "nets.py"), str(tmp_path / "my_losses.py")}
+    files = (package / "__init__.py", package / "nets.py", tmp_path / "my_losses.py")
+    assert set(prepared.code) == {str(file) for file in files}
+
+
+def test_what_ones_own_code_imports_is_noted_too(tmp_path, photos):
+    (tmp_path / "my_width.py").write_text("WIDTH = 8\n")
+    (tmp_path / "my_nets.py").write_text("from my_width import WIDTH\n" + OWN_CODE)
+    prepared, _ = prepared_of(make(tmp_path, {"own": uses("my_nets", "model")}), photos)
+    assert set(prepared.code) == {str(tmp_path / "my_nets.py"), str(tmp_path / "my_width.py")}
+    run = laid_out(prepared, tmp_path / "runs")
+    params = {"kind": "own", "lr": 1e-2}
+    assemble(*open_run(run.path), "t0001", params, has_gpu=False)
+    (tmp_path / "my_width.py").write_text("WIDTH = 9\n")
+    with pytest.raises(RunError, match=r"my_width\.py has changed since this run began"):
+        assemble(*open_run(run.path), "t0001", params, has_gpu=False)
 
 
 def test_a_run_finds_the_modules_that_could_be_imported_where_it_began(tmp_path, photos):

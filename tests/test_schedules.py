@@ -579,7 +579,7 @@ def test_one_cycle_can_be_as_short_as_three_steps(epochs: int, steps: int) -> No
 
 @pytest.mark.parametrize(("epochs", "steps"), [(1, 1), (1, 2), (2, 1)])
 def test_one_cycle_of_less_than_three_steps_is_refused(epochs: int, steps: int) -> None:
-    told = f"^schedule OneCycle needs 3 optimizer steps, this training has {epochs * steps}$"
+    told = f"^schedule OneCycle needs 3 optimizer steps, this training has {epochs * steps};"
     with pytest.raises(ConfigError, match=told):
         begin(config_of(epochs=epochs, schedule=OneCycle()), steps)
 

@@ -234,7 +234,7 @@ def test_an_exception_in_the_function_is_told_with_its_innermost_line_in_the_fil
 
 def test_a_typo_in_a_keyword_is_told_with_the_users_own_line():
     space = body("x = 1", "Sgd(lr=0.1, momentun=0.9)")
-    with pytest.raises(SpaceError, match=r"space\.py:5: TypeError: .*'momentun'"):
+    with pytest.raises(SpaceError, match="py:5: Sgd has no momentun; did you mean 'momentum'"):
         space.config({})
 
 

@@ -13,6 +13,13 @@ from tuneapp.space import SearchSpace
 
 SPACES = sorted((Path(__file__).parent.parent / "search_spaces").glob("*.py"))
 every_space = pytest.mark.parametrize("path", SPACES, ids=[p.stem for p in SPACES])
+# Minutes of training, of which the others show nothing less.
+SLOW = ("convnet", "regimes", "resnet", "vit")
+with_slow_ones_marked = pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=pytest.mark.slow if p.stem in SLOW else ()) for p in SPACES],
+    ids=[p.stem for p in SPACES],
+)
 
 
 @every_space
@@ -31,7 +38,7 @@ def test_show_names_every_parameter_and_recipe(
 
 @pytest.mark.ray
 @pytest.mark.timeout(400)
-@every_space
+@with_slow_ones_marked
 def test_two_trials_of_the_space_run_to_their_end(
     path: Path, tuneapp: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:

@@ -979,6 +979,7 @@ def test_a_trials_folder_holds_its_files(small: TrialConfig, run: TrialRun, tmp_
     assert {p.name for p in folder.iterdir()} == names
 
     said = json.loads((folder / "config.json").read_text())
+    assert said.pop("preprocessing")["crop_size"] == 32
     assert said == {"params": params, **config.as_dict()}
     # The numbers of the table are the history's to the last bit.
     assert [{k: float(v) for k, v in row.items()} for row in table(folder / "epochs.csv")] == [
@@ -1050,3 +1051,59 @@ def test_the_table_of_epochs_is_whole_after_a_kill_between_checkpoint_and_table(
         run_trial(config, in_folder, lambda row: None)
     run_trial(config, in_folder, lambda row: None, resume_from=tmp_path / "checkpoints")
     assert len((tmp_path / "epochs.csv").read_text().splitlines()) == 1 + config.epochs
+
+
+class Counting(nn.Module):
+    """A loss that remembers how often it was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        self.calls += 1
+        return F.cross_entropy(logits, targets) * self.calls
+
+
+counting = Counting()
+
+
+@pytest.mark.parametrize("name", ["Counting", "counting"])
+def test_a_loss_with_a_state_goes_on_with_it(
+    name: str, config: TrialConfig, run: TrialRun, tmp_path: Path
+) -> None:
+    config = replace(config, loss=OwnLoss(loss=f"{__name__}:{name}"), epochs=2)
+    whole: list[Row] = []
+    run_trial(config, run, whole.append)
+
+    class StopError(Exception):
+        pass
+
+    def stop(row: Row) -> None:
+        raise StopError
+
+    placed = replace(run, folder=tmp_path)
+    again: list[Row] = []
+    with pytest.raises(StopError):
+        run_trial(config, placed, stop)
+    run_trial(config, placed, again.append, resume_from=tmp_path / "checkpoints")
+    assert [row["train/loss"] for row in again] == [row["train/loss"] for row in whole]
+    assert float(counting.calls) == 0  # a trial has a copy of its own
+
+
+def test_batches_of_one_example_are_batches_of_one(config: TrialConfig, run: TrialRun) -> None:
+    rows: list[Row] = []
+    run_trial(replace(config, batch_size=1, epochs=1, freeze_depth=5), run, rows.append)
+    assert rows[0]["applied"]["batch_size"] == 1
+
+
+def test_weights_of_a_trial_come_with_the_way_its_images_were_prepared(
+    config: TrialConfig, run: TrialRun, tmp_path: Path
+) -> None:
+    theirs = replace(
+        config, epochs=1, preprocess=c.Preprocess(mean=(0.1, 0.2, 0.3), interpolation="bicubic")
+    )
+    run_trial(theirs, replace(run, folder=tmp_path / "t0001"), lambda row: None)
+    for folder in (tmp_path / "t0001", tmp_path / "t0001" / "checkpoints"):
+        ours = replace(config, weights=str(folder), image_size=None)
+        assert preprocessing_of(ours, None) == preprocessing_of(theirs, None)

@@ -67,13 +67,16 @@ def fingerprints(references: Iterable[str], folders: Iterable[str]) -> dict[str,
     """
     files = {file for reference in references if (file := _file_of(reference)) is not None}
     places = [Path(folder).resolve() for folder in folders]
+    installed = [Path(__file__).parent, *(Path(p).resolve() for p in (sys.prefix, sys.base_prefix))]
     for module in list(sys.modules.values()):
+        if any(module is space for space in _spaces.values()):
+            continue  # its text is kept with the run
         named = getattr(module, "__file__", None)
         file = Path(named).resolve() if named else None
         if file is None or file.suffix != ".py" or not file.is_file():
             continue
-        installed = "site-packages" in file.parts or Path(__file__).parent in file.parents
-        if not installed and any(place in file.parents for place in places):
+        own = any(place in file.parents for place in places)
+        if own and not any(place in file.parents for place in installed):
             files.add(file)
     return {str(file): _sha256(file) for file in sorted(files)}
 

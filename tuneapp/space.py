@@ -282,8 +282,8 @@ def _say(error: Exception) -> str:
         said = error.msg.split(" (")[0]
         wanted = said.split("'")[1]
         return f"{said}{did_you_mean(wanted, _choices())}; it has {', '.join(_choices())}"
-    if isinstance(error, TypeError) and (said := _say_field(error)) is not None:
-        return said
+    if isinstance(error, TypeError) and (of_field := _say_field(error)) is not None:
+        return of_field
     return f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}"
 
 

@@ -142,14 +142,17 @@ class StagedModel(nn.Module):
     def _watch(self, x: Tensor, outputs: dict[str, Tensor]) -> None:
         """Call the whole network, and note what each stage puts out.
 
-        A stage lasts from a call of one of its modules that have parameters to such a call of
-        another stage, so that one without, which is shared and called again later, does no harm.
+        A stage lasts from a call of one of its modules to such a call of another stage. A module
+        without parameters counts once: it may be shared, and called again in later stages.
         """
         current = self.stages[0].name
+        called: set[nn.Module] = set()
 
-        def enter(name: str, *call: object) -> None:
+        def enter(name: str, module: nn.Module, *args: object) -> None:
             nonlocal current
-            current = name
+            if module not in called or next(module.parameters(), None) is not None:
+                current = name
+            called.add(module)
 
         def note(name: str, module: nn.Module, args: object, output: Tensor) -> None:
             if current == name:
@@ -158,8 +161,7 @@ class StagedModel(nn.Module):
         hooks = []
         for stage in self.stages:
             for module in stage.module.modules():
-                if next(module.parameters(recurse=False), None) is not None:
-                    hooks.append(module.register_forward_pre_hook(partial(enter, stage.name)))
+                hooks.append(module.register_forward_pre_hook(partial(enter, stage.name)))
                 hooks.append(module.register_forward_hook(partial(note, stage.name)))
         try:
             self.network(x)

@@ -74,9 +74,7 @@ def read_state_dict(file: Path, changed_ns: int) -> State:
             f"{file} is not a readable file of plain weights ({first[:100]}); delete it, or save "
             "it again with torch.save(model.state_dict(), ...)"
         ) from None
-    for key in _WRAPPED_BY:
-        if isinstance(content, dict) and _holds_tensors(content.get(key)):
-            content = content[key]
+    content = _unwrapped(content)
     if not _holds_tensors(content):
         raise WeightsError(f"{file} holds no state_dict (names with tensors)")
     state = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
@@ -86,6 +84,13 @@ def read_state_dict(file: Path, changed_ns: int) -> State:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise WeightsError(f"{file}: {name} holds NaN or infinite numbers")
     return state
+
+
+def _unwrapped(content: object) -> object:
+    for key in _WRAPPED_BY:
+        if isinstance(content, dict) and _holds_tensors(content.get(key)):
+            content = content[key]
+    return content
 
 
 def _holds_tensors(content: object) -> TypeGuard[dict[object, object]]:

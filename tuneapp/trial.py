@@ -7,6 +7,7 @@
 import csv
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from tuneapp.checkpoint import Row, TrainState
@@ -16,6 +17,7 @@ from tuneapp.loop import EpochMetrics, EvalMetrics, evaluate, train_one_epoch
 from tuneapp.rundir import write_atomically, write_json
 from tuneapp.tracking import NoTracker, TensorBoardTracker, Tracker
 from tuneapp.training import TrialRun, begin_training
+from tuneapp.weights import preprocessing_of
 
 Report = Callable[[Row], None]
 
@@ -108,7 +110,9 @@ def _open_folder(run: TrialRun, config: TrialConfig, state: TrainState) -> Track
     if run.folder is None:
         return NoTracker()
     run.folder.mkdir(parents=True, exist_ok=True)
-    write_json(run.folder / "config.json", {"params": dict(run.params), **config.as_dict()})
+    preprocessing = asdict(preprocessing_of(config, run.images.native_size))
+    plain = {"params": dict(run.params), **config.as_dict(), "preprocessing": preprocessing}
+    write_json(run.folder / "config.json", plain)
     if state.history:  # the table may lack the epoch in which the trial was interrupted
         _write_table(run.folder / "epochs.csv", state.history)
     return TensorBoardTracker(run.folder, run.params, run.settings, state.history)

@@ -167,9 +167,10 @@ def _enum_entry(model: str, name: str) -> Any:
 def preprocessing_of(config: TrialConfig, native_size: int | None) -> Preprocessing:
     """Return how images are prepared for a configuration's weights.
 
-    The weights' own evaluation preprocessing; for random weights and files that of the model's
-    default ones, and ImageNet's usual one for a network of one's own. A size that differs keeps the
-    proportion of resize to crop. `config.preprocess` has the last word.
+    The weights' own evaluation preprocessing; for a trial's folder that trial's; for random weights
+    and files that of the model's default ones, and ImageNet's usual one for a network of one's own.
+    A size that differs keeps the proportion of resize to crop. `config.preprocess` has the last
+    word.
 
     Args:
         config: its model, weights, image size and preprocessing count.
@@ -205,6 +206,10 @@ def preprocessing_of(config: TrialConfig, native_size: int | None) -> Preprocess
 
 def _evaluated_with(config: TrialConfig) -> Preprocessing:
     names = _names(config.model)
+    if config.weights is not None and config.weights not in names:
+        theirs = _trained_with(Path(config.weights).expanduser())
+        if theirs is not None:
+            return theirs
     if not names:
         return _IMAGENET
     asked = config.weights if config.weights in names else None
@@ -216,6 +221,19 @@ def _evaluated_with(config: TrialConfig) -> Preprocessing:
         mean=tuple(preset.mean),
         std=tuple(preset.std),
     )
+
+
+def _trained_with(folder: Path) -> Preprocessing | None:
+    """Return how a trial's images were prepared, given its folder or the `checkpoints` in it."""
+    for place in (folder, folder.parent):
+        try:
+            plain = json.loads((place / "config.json").read_text(encoding="utf-8"))
+            said = plain["preprocessing"]
+            colours = {name: tuple(said[name]) for name in ("mean", "std")}
+            return Preprocessing(**{**said, **colours})
+        except (OSError, ValueError, TypeError, KeyError):
+            continue  # no trial's folder, or one from before this was written down
+    return None
 
 
 def load_weights(network: nn.Module, config: TrialConfig, file: Path) -> LoadReport:
