@@ -268,7 +268,10 @@ def applied_table(trials: Sequence[TrialRecord]) -> tuple[Table, str]:
 def _applied_cells(applied: dict[str, Any]) -> dict[str, str]:
     """Return each applied value as a text; learning rates of all stages together."""
     rates = applied.get("lr", {})
-    rest = {k.removeprefix("options/"): v for k, v in flat({**applied, "lr": {}}).items()}
+    rest = {
+        k.removeprefix("options/").replace("_options/", "."): v
+        for k, v in flat({**applied, "lr": {}}).items()
+    }
     said = {name: _short(value) for name, value in rest.items() if value not in ("", None)}
     return {"lr": " ".join(f"{stage}={_short(rate)}" for stage, rate in rates.items()), **said}
 
