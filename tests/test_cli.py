@@ -271,8 +271,12 @@ def test_summary_shows_the_trials_and_what_was_applied(
 ) -> None:
     assert main(["summary", str(finished_sweep["run"]), "--applied"]) == 0
     out = capsys.readouterr().out
-    assert len(re.findall(r"^t\d{4} ", out, flags=re.MULTILINE)) == 8
-    assert len(re.findall(r"^applied   t\d{4}: lr/", out, flags=re.MULTILINE)) == 8
+    ranked, applied = out.split("applied, read back")
+    assert len(re.findall(r"^t\d{4} ", ranked, flags=re.MULTILINE)) == 8
+    # What differs stands in a trial's row, what does not below the table.
+    rows = re.findall(r"^t\d{4} .*head=0\.\d+ ", applied, flags=re.MULTILINE)
+    assert len(rows) == 8
+    assert re.search(r"^all       .*schedule=CosineAnnealingLR .*device=cpu", applied, re.MULTILINE)
     assert (finished_sweep["run"] / "trials.csv").exists()
 
 
