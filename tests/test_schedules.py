@@ -35,7 +35,7 @@ from tuneapp.config import (
 from tuneapp.errors import ConfigError
 from tuneapp.optim import build_optimizer
 from tuneapp.schedules import Schedule as Running
-from tuneapp.schedules import check_schedule, warmup_steps
+from tuneapp.schedules import check_schedule, check_steps, warmup_steps
 from tuneapp.staged import StagedModel
 
 Row = Mapping[str, float]
@@ -671,3 +671,14 @@ def test_an_own_schedule_is_asked_for_the_epochs_of_the_training_only(fraction: 
 @pytest.mark.parametrize("schedule", [*KINDS, *ONE_CYCLES, PLATEAU], ids=repr)
 def test_nothing_is_wrong_with_good_schedules(schedule: Schedule) -> None:
     assert check_schedule(config_of(schedule=schedule, epochs=10)) == []
+
+
+@pytest.mark.parametrize(
+    ("examples", "is_refused"),
+    [(48, False), (40, False), (34, False), (33, True), (32, True), (5, True)],
+)
+def test_too_few_examples_for_one_cycle_are_told_before_it_begins(
+    examples: int, is_refused: bool
+) -> None:
+    config = config_of(epochs=1, batch_size=16, schedule=OneCycle())  # 33: batches of 16 and 17
+    assert bool(check_steps(config, examples)) == is_refused

@@ -136,7 +136,8 @@ def check_schedule(config: TrialConfig) -> list[str]:
 
 def check_steps(config: TrialConfig, num_examples: int) -> list[str]:
     """Return whether a training on so many examples is too short for the schedule."""
-    steps = config.epochs * max(num_examples // config.batch_size, 1)
+    full, rest = divmod(num_examples, config.batch_size)
+    steps = config.epochs * (full + (rest > 1 or full == 0))  # a single leftover joins a batch
     if isinstance(config.schedule, c.OneCycle) and steps < ONE_CYCLE_STEPS:
         return [_too_short(steps)]
     return []
