@@ -2,7 +2,7 @@
 
     python benchmarks/training_step.py
 
-Alternates the plain step of a network (float32, no average, stages as torchvision's own forward)
+Alternates the plain step of a network (float32, no average, nothing frozen)
 with the same step and one choice more, with one CPU thread, and prints the times as ratios
 plain / with the choice: above 1 it saves, below it costs.
 """
