@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from tuneapp.proof import require_applied, require_batches
 
 import tuneapp.training as training
 from tuneapp.applied import Applied, read_back
@@ -49,6 +48,7 @@ from tuneapp.loop import EpochMetrics, Precision
 from tuneapp.losses import build_loss
 from tuneapp.models import build_network, freeze_as
 from tuneapp.optim import build_optimizer
+from tuneapp.proof import require_applied, require_batches
 from tuneapp.schedules import Schedule as Running
 from tuneapp.schedules import warmup_steps
 from tuneapp.staged import StagedModel
