@@ -70,7 +70,7 @@ MISTAKES = {
     '"model": "own_things:stray"': ["Stray", "two.weight is in none", "stages()"],
     '"model": "own_things:flat"': ["own_things:flat", "32 x 32 pixels", "shapes cannot"],
     '"model": "own_things:pair"': ["while training", "returned tuple, not logits (2, 10)"],
-    '"schedule": OneCycle(), "epochs": 1, "batch_size": 16': ["OneCycle needs 3", "has 1"],
+    '"schedule": OneCycle(), "epochs": 1, "batch_size": 16': ["OneCycle needs 3", "has 2"],
     '"schedule": Cosine(warmup_epochs=1)': ["Cosine has no warmup_epochs; it has warmup_fraction"],
     '"freeze": ["fc.*"]': ["freezes the head, which is new: fc.weight"],
     '"freeze_depth": 0, "unfreeze_at": {2: 0}': ["nothing is frozen by then; set freeze_depth"],
