@@ -15,8 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from tuneapp.config import AdamW, Constant, RunSettings, TrialConfig
-from tuneapp.data.source import ImageSet, read_images
+from tuneapp.config import AdamW, Constant, Data, RunSettings, TrialConfig
+from tuneapp.data.examples import ImageSet
+from tuneapp.data.source import read_images
 from tuneapp.trial import TrialRun
 
 COLOURS = {"blue": (30, 40, 220), "green": (30, 200, 40), "red": (220, 40, 30)}
@@ -69,7 +70,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory, make_photos: Callable[..., 
 
 @pytest.fixture(scope="session")
 def images(photos: Path) -> ImageSet:
-    return read_images(str(photos), seed=0)
+    return read_images(Data(source=str(photos)), seed=0)
 
 
 @pytest.fixture

@@ -157,7 +157,7 @@ BAD = [
             (
                 Plateau,
                 "monitor",
-                "one of 'val/accuracy', 'val/loss'",
+                "one of 'val/accuracy', 'val/balanced_accuracy', 'val/loss', 'val/macro_f1'",
                 ["loss", "train/loss", None, 1],
             ),
             (OwnSchedule, "factor", PATH, [*NOT_A_PATH, len]),
@@ -244,7 +244,13 @@ BAD = [
             (TrialConfig, "mixup_alpha", AT_LEAST_ZERO, NOT_AT_LEAST_ZERO),
             (TrialConfig, "cutmix_alpha", AT_LEAST_ZERO, NOT_AT_LEAST_ZERO),
             (TrialConfig, "seed", "a whole number >= 0", NOT_FROM_ZERO),
-            (TrialConfig, "augment", "one of 'none', 'light', 'standard'", ["lite", None, 1]),
+            (
+                TrialConfig,
+                "augment",
+                "one of 'none', 'light', 'standard', 'strong', or an import path such as "
+                "'package.module:build'",
+                ["lite", None, 1],
+            ),
             (TrialConfig, "amp", "one of 'auto', 'bf16', 'fp16', 'off'", ["on", None, True]),
             (TrialConfig, "image_size", "None or a whole number >= 16", [15, 0, 32.0, "32"]),
             (TrialConfig, "weights", "None, a name or a path", ["", 1, False]),
@@ -265,7 +271,13 @@ BAD = [
                 [0, -0.5, 1.1, NAN, INF, True, "0.5", None],
             ),
             (RunSettings, "seed", "a whole number >= 0", [-1, 0.5, True, None]),
-            (RunSettings, "metric", "one of 'val/accuracy', 'val/loss'", ["accuracy", None]),
+            (
+                RunSettings,
+                "metric",
+                "one of val/accuracy, val/auroc, val/average_precision, val/balanced_accuracy, "
+                "val/loss, val/macro_f1, val/recall/CLASS",
+                ["accuracy", None, "val/recall/", "loss"],
+            ),
             (RunSettings, "device", "one of 'auto', 'cpu', 'cuda'", ["gpu", "cuda:0", None]),
             (RunSettings, "max_epochs", WHOLE, [0, -1, 1.5, True]),
             (RunSettings, "image_size", "a whole number >= 16", [15, 0, 32.5, "32"]),

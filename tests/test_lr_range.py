@@ -10,8 +10,8 @@ from PIL import Image
 import tuneapp.lr_range as lr_range
 from tuneapp.cli import main
 from tuneapp.config import Cosine, OneCycle, RunSettings, Sgd, TrialConfig
-from tuneapp.data.source import ImageSet
-from tuneapp.data.views import Batch
+from tuneapp.data.batches import Batch
+from tuneapp.data.examples import ImageSet
 from tuneapp.display import lr_range_lines
 from tuneapp.errors import ConfigError, Diverged
 from tuneapp.figures import draw_lr_range

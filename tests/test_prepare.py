@@ -12,14 +12,17 @@ from tuneapp import prepare as prepare_module
 from tuneapp.config import (
     AdamW,
     CrossEntropy,
+    Data,
     OwnLoss,
     OwnSchedule,
     Preprocess,
     RunSettings,
     TrialConfig,
 )
+from tuneapp.data.batches import Batches
+from tuneapp.data.sampling import InOrder
 from tuneapp.data.store import open_store
-from tuneapp.data.views import Batches, evaluation_view
+from tuneapp.data.views import evaluation_view
 from tuneapp.errors import CheckpointError, DataError, RunError, SpaceError, WeightsError
 from tuneapp.models import build_network
 from tuneapp.prepare import (
@@ -82,7 +85,7 @@ def make(tmp_path, choices=None, first=(), more=""):
 
 def prepared_of(space, data, **settings):
     said = []
-    run_settings = RunSettings(data=str(data), **settings)
+    run_settings = RunSettings(data=Data(source=str(data)), **settings)
     return prepare(space, run_settings, space.branches(), said.append), said
 
 
@@ -352,7 +355,7 @@ def test_a_mistake_in_ones_own_code_is_told_before_any_image_is_looked_for(
 
 def test_only_the_branches_that_are_to_be_trained_are_checked(tmp_path, photos):
     space = make(tmp_path, {"plain": {}, "wrong": {"model": "resnet81"}})
-    settings = RunSettings(data=str(photos))
+    settings = RunSettings(data=Data(source=str(photos)))
     prepared = prepare(space, settings, [space.replay(PARAMS)], lambda line: None)
     assert list(prepared.weights) == ["resnet18 None"]
 
@@ -369,7 +372,8 @@ def test_a_prepared_sweep_knows_its_images_weights_and_longest_training(tmp_path
     prepared, said = prepared_of(space, photos)
     assert prepared.max_epochs == 7
     assert prepared.weights == {"resnet18 None": Found(None, None, "random")}
-    assert prepared.warnings == ()
+    (tiny,) = prepared.warnings
+    assert tiny.startswith("3 class(es) have fewer than 20 training images: blue (")
     assert prepared.images.root == photos.resolve()
     assert len(prepared.images.examples) == 30
     counts = {s: len(prepared.images.of(s)) for s in ("train", "val", "test")}
@@ -384,10 +388,10 @@ def test_a_prepared_sweep_knows_its_images_weights_and_longest_training(tmp_path
 
 def test_one_prepared_configuration_comes_with_where_and_how_it_runs(tmp_path, photos):
     space = make(tmp_path, {"plain": {}, "wrong": {"model": "resnet81"}})
-    settings = RunSettings(data=str(photos), max_epochs=1)
+    settings = RunSettings(data=Data(source=str(photos)), max_epochs=1)
     prepared, config, run = prepare_one(space, settings, PARAMS, lambda line: None)
     assert config == settings.applied_to(space.config(PARAMS))
-    assert (run.settings, run.images, run.params) == (settings, prepared.images, PARAMS)
+    assert (run.settings, run.images, run.params) == (settings, prepared.images.sealed(), PARAMS)
     assert (run.weights_file, run.weights_name, run.folder) == (None, "random", None)
     assert run.num_threads == torch.get_num_threads()
     with pytest.raises(SpaceError, match="'resnet81' is unknown"):
@@ -418,7 +422,7 @@ def test_a_trial_assembled_from_the_run_directory_is_the_one_that_was_prepared(t
     for params in (PARAMS, {"kind": "deep", "lr": 1e-4}):
         config, trial_run = assemble(opened, record, "t0007", params, has_gpu=False)
         assert config == prepared.settings.applied_to(space.config(params))
-        assert trial_run.images == prepared.images
+        assert trial_run.images == prepared.images.sealed()
         assert trial_run.settings == prepared.settings
         assert trial_run.params == params
         assert trial_run.folder == run.path / "trials" / "t0007"
@@ -595,9 +599,10 @@ def test_a_space_of_a_run_may_import_what_lies_beside_it(tmp_path, photos):
 def validation_loss(model, config, images):
     """Score a model by hand, with torch alone."""
     preprocessing = preprocessing_of(config, images.native_size)
+    store = open_store(images, preprocessing)
     batches = Batches(
-        open_store(images, preprocessing),
-        "val",
+        store,
+        InOrder(store, "val"),
         view=evaluation_view(preprocessing),
         preprocessing=preprocessing,
         batch_size=3,

@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 import pytest
 
-from tuneapp.config import RunSettings
+from tuneapp.config import Data, RunSettings
 from tuneapp.errors import RunError
 from tuneapp.rundir import (
     FORMAT,
@@ -24,7 +24,9 @@ from tuneapp.rundir import (
 RECORD = RunRecord(
     kind="sweep",
     space_path="resnet.py",
-    settings=RunSettings(data="photos", seed=3, metric="val/loss", max_epochs=2, image_size=32),
+    settings=RunSettings(
+        data=Data(source="photos"), seed=3, metric="val/loss", max_epochs=2, image_size=32
+    ),
     image_root="/somewhere/photos",
     classes=("a", "ü"),
     weights={"resnet18 auto": {"asked": "auto", "file": None, "name": "random", "warning": "w"}},

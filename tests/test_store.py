@@ -17,9 +17,14 @@ from torchvision.transforms.v2 import functional as TF
 import tuneapp
 import tuneapp.data.store as store_module
 from tests.states import config_of
-from tuneapp.data.source import Example, ImageSet, read_images
-from tuneapp.data.store import Preprocessing, cache_dir, open_store
-from tuneapp.data.views import Batches, evaluation_view
+from tuneapp.config import Data
+from tuneapp.data.batches import Batches
+from tuneapp.data.cache import cache_dir
+from tuneapp.data.examples import Example, ImageSet
+from tuneapp.data.reading import open_image
+from tuneapp.data.source import read_images
+from tuneapp.data.store import Preprocessing, open_store
+from tuneapp.data.views import evaluation_view
 from tuneapp.errors import DataError
 from tuneapp.weights import preprocessing_of
 
@@ -139,7 +144,7 @@ def test_every_stored_image_is_the_resized_file_whatever_the_chunks(
 def test_the_embedded_scans_are_stored_like_files() -> None:
     images = ImageSet(None, tuple("0123456789"), (Example("0007.png", 7, "train", 0),))
     store = open_store(images, SMALL)
-    wanted = TF.pil_to_tensor(TF.resize(images.open(images.examples[0]), [20]))
+    wanted = TF.pil_to_tensor(TF.resize(open_image(images, images.examples[0]), [20]))
     assert torch.equal(store.image(0), wanted)
 
 
@@ -238,7 +243,8 @@ def test_the_same_names_in_another_folder_are_another_store(
 OPEN_AT_ONCE = """
 import os, sys
 from pathlib import Path
-from tuneapp.data.source import ImageSet, read_split
+from tuneapp.data.examples import ImageSet
+from tuneapp.data.split import read_split
 from tuneapp.data.store import Preprocessing, open_store
 
 decoded = []
@@ -367,7 +373,7 @@ def test_the_cache_lies_where_the_environment_says(
 
 
 def test_an_image_that_has_gone_is_named(make_photos: Callable[..., Path], tmp_path: Path) -> None:
-    images = read_images(str(make_photos(tmp_path / "photos")), seed=0)
+    images = read_images(Data(source=str(make_photos(tmp_path / "photos"))), seed=0)
     (gone,) = images.of("train")[:1]
     (tmp_path / "photos" / gone.path).unlink()
     with pytest.raises(DataError, match=gone.path):

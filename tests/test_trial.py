@@ -24,6 +24,7 @@ from tuneapp.config import (
     Constant,
     Cosine,
     CrossEntropy,
+    Data,
     Loss,
     OneCycle,
     Optimizer,
@@ -36,9 +37,12 @@ from tuneapp.config import (
     Step,
     TrialConfig,
 )
-from tuneapp.data.source import ImageSet, read_images
+from tuneapp.data.batches import Batches
+from tuneapp.data.examples import ImageSet
+from tuneapp.data.sampling import InOrder, Shuffled
+from tuneapp.data.source import read_images
 from tuneapp.data.store import open_store
-from tuneapp.data.views import Batches, evaluation_view, mixing, training_view
+from tuneapp.data.views import evaluation_view, mixing, training_view
 from tuneapp.errors import CheckpointError, ConfigError, Diverged
 from tuneapp.models import build_network
 from tuneapp.schedules import Schedule
@@ -170,17 +174,20 @@ def batches_of(config: TrialConfig, run: TrialRun, split: str, mixed: bool = Fal
     """The batches of a trial, opened apart from it."""
     preprocessing = preprocessing_of(config, None)
     is_training = split == "train"
+    store = open_store(run.images, preprocessing)
+    seed = run.settings.seed
     return Batches(
-        open_store(run.images, preprocessing),
-        split,
+        store,
+        Shuffled(store, config, seed) if is_training else InOrder(store, split),
         view=training_view(config.augment, preprocessing)
         if is_training
         else evaluation_view(preprocessing),
         preprocessing=preprocessing,
         batch_size=config.batch_size,
         device=torch.device("cpu"),
-        shuffle_seed=run.settings.seed if is_training else None,
-        mix=mixing(config.mixup_alpha, config.cutmix_alpha, 3) if mixed else None,
+        join_single=is_training,
+        mix_seed=seed,
+        mix=mixing(config.mixup_alpha, config.cutmix_alpha, 3) if mixed and is_training else None,
     )
 
 
@@ -512,8 +519,10 @@ def test_a_row_holds_the_metrics_and_the_rates_of_its_epoch(
         assert row["train/images_per_s"] > 0
         assert 0 <= row["train/data_wait"] <= 1
         assert row["train/grad_norm"] > 0
-        names = {"epoch", "applied", "train/loss", "val/loss", "val/accuracy", "train/grad_norm"}
-        assert set(row) == {*names, *CLOCKED, "lr/layer4", "lr/head"}
+        names = {"epoch", "applied", "train/loss", "train/grad_norm", "lr/layer4", "lr/head"}
+        scores = {"loss", "accuracy", "balanced_accuracy", "macro_f1", "auroc"}
+        scores |= {f"recall/{name}" for name in run.images.classes}
+        assert set(row) == {*names, *CLOCKED, *(f"val/{name}" for name in scores)}
 
 
 @pytest.mark.parametrize(("metric", "choose"), [("val/accuracy", max), ("val/loss", min)])
@@ -738,7 +747,7 @@ def uneven(photos: Path, tmp_path: Path) -> ImageSet:
     for name, kept in (("green", 6), ("red", 4)):
         for file in sorted((tmp_path / "train" / name).iterdir())[kept:]:
             file.unlink()
-    return read_images(str(tmp_path), seed=0)
+    return read_images(Data(source=str(tmp_path)), seed=0)
 
 
 def test_balanced_weights_make_all_classes_count_alike(

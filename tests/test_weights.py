@@ -31,7 +31,7 @@ from tuneapp.average import WeightAverage
 from tuneapp.checkpoint import MANIFEST, TrainState
 from tuneapp.config import Preprocess, TrialConfig
 from tuneapp.config.trial import INTERPOLATIONS
-from tuneapp.data.source import ImageSet
+from tuneapp.data.examples import ImageSet
 from tuneapp.data.store import Preprocessing
 from tuneapp.errors import ConfigError, WeightsError
 from tuneapp.families import FAMILIES

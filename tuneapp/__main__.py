@@ -4,4 +4,5 @@ import sys
 
 from tuneapp.cli import main
 
-sys.exit(main())
+if __name__ == "__main__":  # the processes that decode images import this module, too
+    sys.exit(main())

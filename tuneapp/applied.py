@@ -58,6 +58,8 @@ class Applied:
         device: `cpu` or `cuda`.
         precision: what the forward pass computes in.
         weights: torchvision's name, `file` or `random`.
+        images: `stored`, decoded once for all, or `streamed`, decoded at each use.
+        workers: processes that make the batches.
     """
 
     lr: dict[str, float]
@@ -84,6 +86,8 @@ class Applied:
     device: str
     precision: str
     weights: str
+    images: str = "stored"
+    workers: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""

@@ -9,9 +9,9 @@ import contextlib
 import functools
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,11 +19,21 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from tuneapp.bars import ProgressBars
+from tuneapp.config import RunSettings
 from tuneapp.errors import ConfigError, TuneappError
+from tuneapp.options import (
+    DataOptions,
+    LoadingOptions,
+    chosen_data,
+    chosen_settings,
+    expanded,
+    seconds,
+)
 
 if TYPE_CHECKING:
-    from tuneapp.config import RunSettings
     from tuneapp.display import Progress
+    from tuneapp.records import TrialRecord
     from tuneapp.rundir import RunDir, RunRecord
     from tuneapp.space import SearchSpace
     from tuneapp.summary import Summary
@@ -44,11 +54,12 @@ err = Console(stderr=True)
 
 def _command(function: Callable[..., int]) -> Callable[..., int]:
     """Make a function that returns an exit code a command; Ctrl-C is code 130."""
+    with_options = expanded(function)
 
-    @functools.wraps(function)
+    @functools.wraps(with_options)
     def run(**options: Any) -> int:
         try:
-            code = function(**options)
+            code = with_options(**options)
         except KeyboardInterrupt:
             code = 130
         raise typer.Exit(code)
@@ -59,14 +70,6 @@ def _command(function: Callable[..., int]) -> Callable[..., int]:
 
 SpaceFile = Annotated[Path, typer.Argument(metavar="SPACE", help="A search-space file.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/x.")]
-Data = Annotated[
-    str,
-    typer.Option(
-        metavar="FOLDER",
-        help="Images: a folder per class, or train/, val/ and test/ with one in each; 'digits' is "
-        "the embedded data set.",
-    ),
-]
 Epochs = Annotated[
     int | None, typer.Option(metavar="N", help="Ceiling on every trial's epochs, for quick looks.")
 ]
@@ -78,17 +81,26 @@ ImageSize = Annotated[
         "(224 for ResNets); 32 for the embedded data.",
     ),
 ]
-Seed = Annotated[int, typer.Option(metavar="N", help="Source of every random draw.")]
+Seed = Annotated[
+    int | None, typer.Option(metavar="N", help="Source of every random draw; default: 0.")
+]
 RunsDir = Annotated[Path, typer.Option(metavar="DIR", help="Where run directories are made.")]
 Name = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Of the run directory. Default: the space's and a number."),
 ]
 MetricName = Annotated[
-    Literal["val/accuracy", "val/loss"], typer.Option(help="What trials are judged by.")
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="What trials are judged by: val/accuracy (the default), val/loss, "
+        "val/balanced_accuracy, val/macro_f1, val/auroc, val/average_precision (multi-label), "
+        "val/recall/CLASS.",
+    ),
 ]
 Device = Annotated[
-    Literal["auto", "cpu", "cuda"], typer.Option(help="auto: each trial's GPU, where it has one.")
+    Literal["auto", "cpu", "cuda"] | None,
+    typer.Option(help="auto, the default: each trial's GPU, where it has one."),
 ]
 DashboardHost = Annotated[
     str | None,
@@ -102,15 +114,16 @@ DashboardHost = Annotated[
 @_command
 def sweep(
     space: SpaceFile,
-    data: Data = "digits",
+    data: DataOptions,
+    loading: LoadingOptions,
     trials: Annotated[
         int, typer.Option(metavar="N", help="Trials in all; the space's recipes come first.")
     ] = 16,
     epochs: Epochs = None,
     image_size: ImageSize = None,
-    seed: Seed = 0,
-    metric: MetricName = "val/accuracy",
-    device: Device = "auto",
+    seed: Seed = None,
+    metric: MetricName = None,
+    device: Device = None,
     concurrent: Annotated[
         int | None,
         typer.Option(metavar="N", help="Trials at once. Default: one on each GPU or CPU core."),
@@ -133,9 +146,17 @@ def sweep(
     """
     if trials < 1:
         raise ConfigError(f"--trials {trials}: must be at least 1")
-    settings = _settings(data, seed, metric, epochs, image_size, device)
-    budget_s = None if time_budget is None else _seconds(time_budget)
+    budget_s = None if time_budget is None else seconds("--time-budget", time_budget)
     loaded = _read_space(space)
+    settings = chosen_settings(
+        RunSettings(data=chosen_data(data, loaded.data)),
+        loading,
+        seed=seed,
+        metric=metric,
+        max_epochs=epochs,
+        image_size=image_size,
+        device=device,
+    )
 
     from tuneapp.sweep import SweepOptions, start_sweep
 
@@ -148,7 +169,7 @@ def sweep(
         dashboard_host=dashboard_host or ("127.0.0.1" if dashboard else None),
     )
     with _Show() as show:
-        outcome = start_sweep(loaded, settings, options, _say, show.begin)
+        outcome = start_sweep(loaded, settings, options, _say, show.begin, show.watch)
     return _finish_sweep(outcome)
 
 
@@ -169,19 +190,21 @@ def resume(
         if dashboard or dashboard_host:
             raise ConfigError(f"{run} is a single training: it runs without Ray and its dashboard")
         with _Show() as show:
-            resumed = resume_training(run, show.begin)
+            resumed = resume_training(run, show.begin, show.watch)
         return _finish_training(resumed)
 
     from tuneapp.sweep import resume_sweep
 
     with _Show() as show:
         host = dashboard_host or ("127.0.0.1" if dashboard else None)
-        outcome = resume_sweep(run, show.begin, host)
+        outcome = resume_sweep(run, show.begin, show.watch, host)
     return _finish_sweep(outcome)
 
 
 @_command
 def train(
+    data: DataOptions,
+    loading: LoadingOptions,
     space: Annotated[
         Path | None,
         typer.Argument(metavar="SPACE", help="A search-space file; with --from, the run's own."),
@@ -204,22 +227,11 @@ def train(
             metavar="ID", help="Which trial of --from: best (the default), or an id such as t0003."
         ),
     ] = None,
-    data: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="Images; default: digits, or --from's.")
-    ] = None,
     epochs: Epochs = None,
     image_size: ImageSize = None,
-    seed: Annotated[
-        int | None, typer.Option(metavar="N", help="Source of every random draw.")
-    ] = None,
-    metric: Annotated[
-        Literal["val/accuracy", "val/loss"] | None,
-        typer.Option(help="What its epochs are judged by; default: val/accuracy, or --from's."),
-    ] = None,
-    device: Annotated[
-        Literal["auto", "cpu", "cuda"] | None,
-        typer.Option(help="auto, the default, is the GPU where there is one; or --from's."),
-    ] = None,
+    seed: Seed = None,
+    metric: MetricName = None,
+    device: Device = None,
     runs_dir: RunsDir = Path("runs"),
     name: Name = None,
 ) -> int:
@@ -232,29 +244,33 @@ def train(
     if trial is not None and from_ is None:
         raise ConfigError(f"--trial {trial}: goes with --from RUN")
     chosen = _pairs(set_ or [])
+    like = None
     if from_ is None:
         assert space is not None
         loaded = _read_space(space)
-        settings = _settings(
-            data or "digits",
-            seed or 0,
-            metric or "val/accuracy",
-            epochs,
-            image_size,
-            device or "auto",
-        )
+        before = RunSettings(data=loaded.data)
         base = loaded.first_trials[0] if loaded.first_trials else {}
-        like = None
     else:
-        loaded, settings, base, like = _from_run(from_, trial or "best")
-        settings = _changed(settings, data, seed, metric, epochs, image_size, device)
-        like = like if settings == like[1].settings else None
+        loaded, before, base, like = _from_run(from_, trial or "best")
+    settings = chosen_settings(
+        replace(before, data=chosen_data(data, before.data)),
+        loading,
+        seed=seed,
+        metric=metric,
+        max_epochs=epochs,
+        image_size=image_size,
+        device=device,
+    )
+    if settings != before:
+        like = None
     params = loaded.override(base, chosen)
 
     from tuneapp.single import start_training
 
     with _Show() as show:
-        run = start_training(loaded, settings, params, runs_dir, name, _say, show.begin, like=like)
+        run = start_training(
+            loaded, settings, params, runs_dir, name, _say, show.begin, show.watch, like
+        )
     return _finish_training(run)
 
 
@@ -338,6 +354,8 @@ def _show_space(space: Path) -> int:
 @_command
 def lr_range(
     space: SpaceFile,
+    data: DataOptions,
+    loading: LoadingOptions,
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -347,10 +365,9 @@ def lr_range(
             "first recipe of SPACE.",
         ),
     ] = None,
-    data: Data = "digits",
     image_size: ImageSize = None,
-    seed: Seed = 0,
-    device: Device = "auto",
+    seed: Seed = None,
+    device: Device = None,
     seeds: Annotated[int, typer.Option(metavar="N", help="Draws that are averaged.")] = 3,
     steps: Annotated[int, typer.Option(metavar="N", help="Optimizer steps of each draw.")] = 100,
     lowest: Annotated[
@@ -373,8 +390,14 @@ def lr_range(
         raise ConfigError(f"--lowest {lowest:g} --highest {highest:g}: must rise, from above 0")
     if output.suffix.lower() != ".png" or not output.absolute().parent.is_dir():
         raise ConfigError(f"--output {output}: must be a .png file in a folder that exists")
-    settings = _settings(data, seed, "val/accuracy", None, image_size, device)
     loaded = _read_space(space)
+    settings = chosen_settings(
+        RunSettings(data=chosen_data(data, loaded.data)),
+        loading,
+        seed=seed,
+        image_size=image_size,
+        device=device,
+    )
     base = loaded.first_trials[0] if loaded.first_trials else {}
     params = loaded.override(base, _pairs(set_ or []))
 
@@ -383,7 +406,8 @@ def lr_range(
     from tuneapp.lr_range import find_lr_range
     from tuneapp.prepare import prepare_one
 
-    prepared, config, run = prepare_one(loaded, settings, params, _say)
+    with _Show() as show:
+        prepared, config, run = prepare_one(loaded, settings, params, _say, show.watch)
     for warning in prepared.warnings:
         _warn(warning)
     _say(f"trains    {say_params(params)}")
@@ -394,6 +418,29 @@ def lr_range(
     for line in lr_range_lines(found, names[0] if len(names) == 1 else "lr"):
         _say(line)
     _say(f"figure    {output}")
+    return 0
+
+
+@_command
+def final_test(
+    run: RunPath,
+    trial: Annotated[
+        str, typer.Option(metavar="ID", help="Which trial: best, or an id such as t0003.")
+    ] = "best",
+) -> int:
+    """Open the sealed test split of RUN, and score a trial's best epoch on it.
+
+    Meant to be done once, for the winner: each time is written down and counted, since a test
+    split that is looked at again and again becomes a validation split.
+    """
+    from tuneapp.display import final_test_lines
+    from tuneapp.final_test import open_test
+
+    read, record = _find_trial(run, trial)
+    with _Show() as show:
+        result = open_test(run, record.trial_id, show.watch)
+    for line in final_test_lines(result, record, read.record.settings):
+        _say(line)
     return 0
 
 
@@ -449,25 +496,31 @@ class _LogToStderr(logging.Handler):
 
 
 class _Show:
-    """Shows a run from its beginning, once it has one, to whatever ends it."""
+    """Shows how images are decoded, then a run, once there is one, to whatever ends it."""
 
     def __init__(self) -> None:
         self._stack = contextlib.ExitStack()
         self._run: RunDir | None = None
+        self._bars = ProgressBars(err)
 
     def __enter__(self) -> "_Show":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self._bars.close()
         self._stack.close()
         if self._run is not None and kind is not None and issubclass(kind, KeyboardInterrupt):
             _say(f"resume    python -m tuneapp resume {_short_path(self._run.path)}")
+
+    def watch(self, what: str, done: int, total: int) -> None:
+        self._bars.update(what, done, total)
 
     def begin(self, run: "RunDir", record: "RunRecord") -> "Progress":
         from tuneapp.display import Progress
         from tuneapp.ledger import read_events
 
         self._run = run
+        self._bars.close()
         for warning in record.warnings:
             _warn(warning)
         where = f"{record.cpus_per_trial} CPU thread(s)"
@@ -498,48 +551,8 @@ def _read_space(path: Path) -> "SearchSpace":
     return space
 
 
-def _settings(
-    data: str, seed: int, metric: str, epochs: int | None, image_size: int | None, device: str
-) -> "RunSettings":
-    from tuneapp.config import RunSettings
-
-    # An absolute path, so that the run can be gone on with from anywhere.
-    place = data if data == "digits" else str(Path(data).expanduser().absolute())
-    return RunSettings(
-        data=place,
-        seed=seed,
-        metric=metric,  # type: ignore[arg-type]  # RunSettings checks it
-        max_epochs=epochs,
-        image_size=image_size,
-        device=device,  # type: ignore[arg-type]
-    )
-
-
-def _changed(
-    settings: "RunSettings",
-    data: str | None,
-    seed: int | None,
-    metric: str | None,
-    epochs: int | None,
-    image_size: int | None,
-    device: str | None,
-) -> "RunSettings":
-    """Return the settings of a run with what the user asked otherwise."""
-    return _settings(
-        settings.data if data is None else data,
-        settings.seed if seed is None else seed,
-        metric or settings.metric,
-        settings.max_epochs if epochs is None else epochs,
-        settings.image_size if image_size is None else image_size,
-        device or settings.device,
-    )
-
-
-def _from_run(
-    path: Path, trial_id: str
-) -> "tuple[SearchSpace, RunSettings, dict[str, Any], tuple[RunDir, RunRecord]]":
-    """Return the space, the settings and the parameters of a trial of a run."""
-    from tuneapp.prepare import read_run_space
+def _find_trial(path: Path, trial_id: str) -> "tuple[Summary, TrialRecord]":
+    """Return a run and one of its trials, by its id or as the best."""
     from tuneapp.summary import read_summary
 
     read = read_summary(path)
@@ -552,8 +565,18 @@ def _from_run(
         record = read.trials[ids.index(trial_id)]
     else:
         raise ConfigError(f"--trial {trial_id}: {path} has {', '.join(ids) or 'none'}, and best")
-    space = read_run_space(read.run, read.record)
     _say(f"trial     {record.trial_id} of {path}")
+    return read, record
+
+
+def _from_run(
+    path: Path, trial_id: str
+) -> "tuple[SearchSpace, RunSettings, dict[str, Any], tuple[RunDir, RunRecord]]":
+    """Return the space, the settings and the parameters of a trial of a run."""
+    from tuneapp.prepare import read_run_space
+
+    read, record = _find_trial(path, trial_id)
+    space = read_run_space(read.run, read.record)
     return space, read.record.settings, record.params, (read.run, read.record)
 
 
@@ -565,14 +588,6 @@ def _pairs(texts: list[str]) -> dict[str, str]:
             raise ConfigError(f"--set {text}: must be NAME=VALUE, such as --set freeze_depth=2")
         pairs[name] = value
     return pairs
-
-
-def _seconds(text: str) -> float:
-    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
-    if not found or not any(found.groups()):
-        raise ConfigError(f"--time-budget {text}: must be such as 90s, 30m or 1h30m")
-    hours, minutes, seconds = (int(g or 0) for g in found.groups())
-    return 3600.0 * hours + 60.0 * minutes + seconds
 
 
 def _short_path(path: Path) -> Path:
@@ -629,7 +644,7 @@ def _finish_training(run: "RunDir") -> int:
 
 def _print_result(read: "Summary") -> None:
     """Print the table of trials, best first, and what it comes to."""
-    from tuneapp.display import result_lines, trials_table
+    from tuneapp.display import bad_image_lines, result_lines, trials_table
 
     best = read.best
     _say("")
@@ -638,6 +653,8 @@ def _print_result(read: "Summary") -> None:
     _say("")
     for line in result_lines(read):
         _say(line)
+    for line in bad_image_lines(read):
+        err.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
     for warning in read.record.warnings:
         _warn(warning)
 

@@ -3,6 +3,7 @@
 Everything is drawn from the ledger's events, so what is seen is what was written.
 """
 
+import math
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -14,10 +15,19 @@ from rich.text import Text
 
 from tuneapp.config import RunSettings, is_better
 from tuneapp.ledger import Event
-from tuneapp.records import TrialRecord, best_record, flat, read_records, trials_wanted
+from tuneapp.records import (
+    FOLD_SCORE,
+    TrialRecord,
+    best_record,
+    flat,
+    read_records,
+    spread_of,
+    trials_wanted,
+)
 
 if TYPE_CHECKING:
     from tuneapp.anatomy import Anatomy
+    from tuneapp.final_test import TestResult
     from tuneapp.lr_range import LrRange
     from tuneapp.summary import Summary
 
@@ -28,6 +38,9 @@ STATE_STYLES = {
     "diverged": "yellow",
     "failed": "red",
 }
+MAX_BAD_SHOWN = 20
+MUCH_WAITING = 0.2
+"""Above this share of a training's time, waiting for data is worth a remedy."""
 HIDDEN_ROWS = 9  # lines of the terminal that the table leaves to its frame and to what was said
 
 
@@ -73,6 +86,10 @@ class Progress:
             if line:
                 self._console.print(line, highlight=False, soft_wrap=True, markup=False)
 
+    @property
+    def _step(self) -> str:
+        return "epoch" if self._settings.data.folds is None else "fold"
+
     def _line(self, event: Event) -> str | None:
         metric = self._settings.metric
         match event["event"]:
@@ -83,7 +100,7 @@ class Progress:
                 best = record.best(self._settings)
                 assert best is not None
                 return (
-                    f"{event['trial']} epoch {row['epoch']}/{record.epochs}  "
+                    f"{event['trial']} {self._step} {row['epoch']}/{record.epochs}  "
                     f"train/loss {row['train/loss']:.4f}  {metric} {row[metric]:.4f}  "
                     f"best {best[metric]:.4f}"
                 )
@@ -129,7 +146,8 @@ def trials_table(
     table.add_column("trial", no_wrap=True)
     table.add_column("from", no_wrap=True)
     table.add_column("state", no_wrap=True)
-    table.add_column("epochs", justify="right", no_wrap=True)
+    has_folds = settings.data.folds is not None
+    table.add_column("folds" if has_folds else "epochs", justify="right", no_wrap=True)
     table.add_column(settings.metric, justify="right", no_wrap=True)
     table.add_column("at", justify="right", no_wrap=True)
     table.add_column("parameters", overflow="fold")
@@ -219,13 +237,96 @@ def result_lines(read: "Summary") -> list[str]:
     if metric == "val/accuracy":
         error = read.standard_error(row[metric])
         spread = f" (standard error {error:.4f} on {read.num_val} images)"
+    where = f"at epoch {row['epoch']} of {trial.epochs}"
+    if settings.data.folds is not None:
+        where = f"over {row['epoch']} of {trial.epochs} folds{_fold_spread(trial, metric)}"
     lines += [
-        f"best      {trial.trial_id}: {metric} {row[metric]:.4f}{spread} at epoch {row['epoch']} "
-        f"of {trial.epochs}",
+        f"best      {trial.trial_id}: {metric} {row[metric]:.4f}{spread} {where}",
         f"          {say_params(trial.params)}",
     ]
     if read.best_recipe is not None:
         lines.append(_gain_line(read, row[metric]))
+    return [*lines, *_wait_lines(read), *_test_lines(read)]
+
+
+def bad_image_lines(read: "Summary") -> list[str]:
+    """Return which images could not be read, and where all of them are listed."""
+    if not read.bad:
+        return []
+    count, policy = len(read.bad), read.record.settings.data.bad_images
+    fate = "left out" if policy == "drop" else "in training, others of their class in their places"
+    lines = [f"unread    {count} image(s) could not be read ({fate}):"]
+    lines += [f"          {path} {cause}" for path, cause in read.bad[:MAX_BAD_SHOWN]]
+    if count > MAX_BAD_SHOWN:
+        lines.append(f"          and {count - MAX_BAD_SHOWN} more")
+    return [*lines, f"          listed in {read.run.bad_images_file.name} of the run directory"]
+
+
+def _fold_spread(trial: TrialRecord, metric: str) -> str:
+    scores = [row[FOLD_SCORE + metric] for row in trial.rows]
+    return f" (standard deviation {spread_of(scores):.4f})" if len(scores) > 1 else ""
+
+
+def mean_wait(trial: TrialRecord) -> float:
+    """Return the share of its time that a trial waited for data, after its first epoch.
+
+    In the first one, files are read from the disk and worker processes start.
+    """
+    shares = [row["train/data_wait"] for row in trial.rows if "train/data_wait" in row]
+    shares = shares[1:] or shares
+    return sum(shares) / len(shares) if shares else 0.0
+
+
+def _wait_lines(read: "Summary") -> list[str]:
+    """Return how long trials waited for data, and the remedy where it was too long."""
+    longest = max((trial for trial in read.trials if trial.rows), key=mean_wait)
+    share = mean_wait(longest)
+    line = f"waiting   {longest.trial_id} waited for data during {share:.0%} of its training"
+    if share <= MUCH_WAITING:
+        return [line]
+    workers = longest.applied.get("workers", 0)
+    remedy = f"more --workers than {workers}, or a weaker augment"
+    if longest.applied.get("images") == "streamed":
+        remedy = f"a larger --store-budget, or more --workers than {workers}"
+    return [f"{line}, more than a fifth: try {remedy}"]
+
+
+def _test_lines(read: "Summary") -> list[str]:
+    """Return how often the test split was opened, and what came of it."""
+    if not read.test_results:
+        return []
+    times = len(read.test_results)
+    name = read.record.settings.metric.replace("val/", "test/")
+    lines = [f"test      the test split was opened {times} time(s)"]
+    for trial_id, scores in read.test_results:
+        values = [row[name] for row in scores if name in row]
+        said = f"{name} {sum(values) / len(values):.4f}" if values else "no score"
+        lines.append(f"          {trial_id}: {said}")
+    if times > 1:
+        lines.append("          of several looks, the best one promises too much")
+    return lines
+
+
+def final_test_lines(result: "TestResult", trial: TrialRecord, settings: RunSettings) -> list[str]:
+    """Return what a trial is worth on the test split."""
+    best = trial.best(settings) or {}
+    lines = []
+    for name in result.scores[0]:
+        values = [row[name] for row in result.scores if name in row]
+        mean = sum(values) / len(values)
+        doubt = ""
+        if len(values) > 1:
+            doubt = f"  mean of {len(values)} folds' models, deviation {spread_of(values):.4f}"
+        elif name == "test/accuracy":
+            error = math.sqrt(mean * (1 - mean) / result.num_images)
+            doubt = f"  standard error {error:.4f} on {result.num_images} images"
+        val = best.get(name.replace("test/", "val/"))
+        before = "" if val is None else f"  (validation {val:.4f})"
+        lines.append(f"{name:<26} {mean:.4f}{before}{doubt}")
+    if result.bad:
+        named = ", ".join(path for path, _ in result.bad[:3])
+        lines.append(f"unread    {len(result.bad)} test image(s), left out: {named}")
+    lines.append(f"opened    {result.times_opened} time(s) in this run; it is written down")
     return lines
 
 

@@ -5,8 +5,8 @@ JSON lines. Each line carries its sequence number and a CRC-32 of itself and is 
 acknowledged and at most one torn line at its end. There are no clocks in it: order is the order of
 the lines. One process writes (it holds the run's lock), any number read.
 
-Events: `sweep` (how many trials are wanted), `proposed`, `applied`, `epoch`, `ended`; their fields
-are written by `study.py` alone.
+Events: `sweep` (how many trials are wanted), `proposed`, `applied`, `epoch`, `ended`, written by
+`study.py` alone; `test_opened` and `test_result`, written by `final_test.py`.
 """
 
 import json

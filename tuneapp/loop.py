@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_no
 from torch.optim import Optimizer
 
 from tuneapp.average import WeightAverage
-from tuneapp.data.views import Batch
+from tuneapp.data.batches import Batch
 from tuneapp.errors import DataError, Diverged
 from tuneapp.staged import StagedModel
 
@@ -84,11 +84,19 @@ class EpochMetrics:
 
 
 @dataclass(frozen=True)
-class EvalMetrics:
-    """Mean cross-entropy in nats and top-1 accuracy in [0, 1]."""
+class Evaluation:
+    """What a network says of every example, in their order.
+
+    Attributes:
+        loss: mean over examples, nats: cross-entropy; of multi-label targets the binary one, mean
+            over classes.
+        logits: float32 (N, classes), on the CPU.
+        targets: labels, int64 (N,), or 0 and 1, float32 (N, classes), likewise.
+    """
 
     loss: float
-    accuracy: float
+    logits: Tensor
+    targets: Tensor
 
 
 @contextlib.contextmanager
@@ -163,11 +171,12 @@ def train_one_epoch(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[Batch], precision: Precision) -> EvalMetrics:
-    """Score `model` on every example of `batches` exactly once.
+def evaluate(model: nn.Module, batches: Iterable[Batch], precision: Precision) -> Evaluation:
+    """Ask `model` about every example of `batches` exactly once.
 
-    Averages over examples, not batches, so a short last batch does not count double. The loss is
-    plain cross-entropy, whatever the training minimises. The model's mode is restored on return.
+    The loss is an average over examples, not batches, so a short last batch does not count double;
+    it is plain cross-entropy, whatever the training minimises. Answers stay on the device until the
+    end. The model's mode is restored on return.
 
     Args:
         batches: as for `train_one_epoch`.
@@ -178,19 +187,28 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], precision: Precision) -
     was_training = model.training
     model.eval()
     loss_sum: Tensor | float = 0.0
-    correct: Tensor | int = 0
-    count = 0
+    answers: list[Tensor] = []
+    targets: list[Tensor] = []
     for images, labels in batches:
         with precision.autocast():
             logits = model(images)
-        losses = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
-        loss_sum = loss_sum + losses.double()
-        correct = correct + (logits.argmax(dim=1) == labels).sum()
-        count += len(labels)
+        logits = logits.float()
+        loss_sum = loss_sum + _summed_loss(logits, labels).double()
+        answers.append(logits)
+        targets.append(labels)
     model.train(was_training)
-    if count == 0:
+    if not answers:
         raise DataError("there is no example to evaluate on")
-    return EvalMetrics(float(loss_sum) / count, int(correct) / count)
+    every = torch.cat(answers).cpu()
+    return Evaluation(float(loss_sum) / len(every), every, torch.cat(targets).cpu())
+
+
+def _summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the sum over examples; labels that are floating point are of several classes each."""
+    if not labels.is_floating_point():
+        return nn.functional.cross_entropy(logits, labels, reduction="sum")
+    losses = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
+    return losses / labels.shape[1]
 
 
 class _Meter:

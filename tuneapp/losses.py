@@ -88,7 +88,9 @@ def build_loss(config: Loss, class_counts: Sequence[int], aux_weight: float = 0.
     return TrainingLoss(_of_logits(config, class_counts), aux_weight)
 
 
-def check_loss(config: Loss, num_classes: int, mixed: bool = False) -> list[str]:
+def check_loss(
+    config: Loss, num_classes: int, mixed: bool = False, is_multilabel: bool = False
+) -> list[str]:
     """Return what is wrong with the loss, after trying it on two examples on the CPU.
 
     It must return a finite scalar with a finite gradient to the logits. torch's random numbers go
@@ -98,12 +100,20 @@ def check_loss(config: Loss, num_classes: int, mixed: bool = False) -> list[str]
         config: which loss.
         num_classes: width of the logits.
         mixed: whether targets are shares of classes, and not labels.
+        is_multilabel: whether several classes may be present at once.
     """
+    if is_multilabel and isinstance(config, CrossEntropy):
+        return [
+            "loss CrossEntropy takes one class for each image, and these data are multi-label: use "
+            "BinaryCrossEntropy, Focal, Dice, BceDice, Iou or OwnLoss"
+        ]
     name = repr(config.loss) if isinstance(config, OwnLoss) else type(config).__name__
     logits = torch.linspace(-1, 1, 2 * num_classes).reshape(2, num_classes).requires_grad_()
     targets = torch.tensor([0, num_classes - 1])
-    if mixed:
+    what = "labels"
+    if mixed or is_multilabel:
         targets = F.one_hot(targets, num_classes).float()
+        what = f"shares of classes ({'images are mixed' if mixed else 'they are multi-label'})"
     try:
         with torch.random.fork_rng(devices=[]):
             loss_fn = build_loss(config, [1] * num_classes)
@@ -114,8 +124,14 @@ def check_loss(config: Loss, num_classes: int, mixed: bool = False) -> list[str]
     except ConfigError as error:
         return [str(error)]
     except Exception as error:
-        what = "shares of classes (images are mixed)" if mixed else "labels"
         return [f"loss {name}: trying it on two examples with {what} failed: {say_cause(error)}"]
+    return _tried_mistakes(name, loss_fn, loss, gradient)
+
+
+def _tried_mistakes(
+    name: str, loss_fn: TrainingLoss, loss: Tensor, gradient: Tensor | None
+) -> list[str]:
+    """Return what is wrong with a loss that could be computed."""
     parameters = [n.removeprefix("of_logits.called.") for n, _ in loss_fn.named_parameters()]
     if parameters:
         return [

@@ -13,7 +13,7 @@ from itertools import islice
 import torch
 
 from tuneapp.config import Constant, TrialConfig
-from tuneapp.data.views import Batch, Batches
+from tuneapp.data.batches import Batch, Batches
 from tuneapp.errors import ConfigError, Diverged
 from tuneapp.loop import train_one_epoch
 from tuneapp.training import Training, TrialRun, begin_training

@@ -15,11 +15,23 @@ import torch
 
 from tuneapp.checkpoint import read_best, validated_weights
 from tuneapp.config import RunSettings, TrialConfig, is_reference
-from tuneapp.data.source import ImageSet, read_images, read_split, require_unchanged, write_split
-from tuneapp.data.store import Preprocessing, open_store
-from tuneapp.errors import ConfigError, SpaceError
+from tuneapp.data.examples import ImageSet
+from tuneapp.data.findings import cheap_findings
+from tuneapp.data.sampling import Shuffled
+from tuneapp.data.source import read_images
+from tuneapp.data.split import (
+    read_split,
+    require_unchanged,
+    require_usable,
+    write_bad_images,
+    write_split,
+)
+from tuneapp.data.store import Preprocessing, Store, Watch, digest_files, open_store
+from tuneapp.data.views import check_augment
+from tuneapp.errors import ConfigError, RunError, SpaceError
 from tuneapp.fit import check_image_size, check_model
 from tuneapp.losses import check_loss
+from tuneapp.metrics import metric_names
 from tuneapp.models import build_staged
 from tuneapp.own import fingerprints, import_from, require_same_code
 from tuneapp.rundir import RunDir, RunRecord, open_run, write_atomically, write_record
@@ -38,6 +50,10 @@ from tuneapp.weights import (
 log = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
+
+
+def _unwatched(what: str, done: int, total: int) -> None:
+    """Tell nobody."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +77,11 @@ class Prepared:
 
 
 def prepare(
-    space: SearchSpace, settings: RunSettings, branches: list[Branch], say: Say
+    space: SearchSpace,
+    settings: RunSettings,
+    branches: list[Branch],
+    say: Say,
+    watch: Watch = _unwatched,
 ) -> Prepared:
     """Check the branches of `space` against models, weights and data, and decode the images.
 
@@ -69,7 +89,8 @@ def prepare(
         space: the search space.
         settings: where and how its trials will run.
         branches: what is to be checked: all of the space's, or the one that is to be trained.
-        say: told what takes a while.
+        say: told what was found.
+        watch: told how far the decoding of the images is.
 
     Raises:
         SpaceError: some branch asks for what does not exist; every such mistake is named.
@@ -79,34 +100,100 @@ def prepare(
     configs = [settings.applied_to(branch.config) for branch in branches]
     _refuse(space, (m for c in configs for m in (*check_model(c), *check_schedule(c))))
     images = read_images(settings.data, settings.seed)
-    counts = {split: len(images.of(split)) for split in ("train", "val", "test")}
-    say(
-        f"data      {settings.data}: {len(images.classes)} classes; "
-        + ", ".join(f"{count} {split}" for split, count in counts.items() if count)
-    )
+    for line in data_lines(images):
+        say(line)
+    _require_metric(settings, images)
     _refuse(space, (m for c in configs for m in _mistakes_with(c, images)))
     found = {weights_key(c): find_weights(c.model, c.weights) for c in configs}
     _try_weights(configs, images, found, say)
-    for preprocessing in _preprocessings(configs, images):
-        size = preprocessing.crop_size
-        say(f"images    seen at {size} x {size} pixels, decoded once for all trials")
-        open_store(images, preprocessing)
+    images = _decode(configs, images, settings, say, watch)
     return Prepared(
         space=space,
         settings=settings,
         images=images,
         weights=found,
         max_epochs=max(c.epochs for c in configs),
-        warnings=tuple(dict.fromkeys(f.warning for f in found.values() if f.warning)),
+        warnings=tuple(
+            dict.fromkeys([f.warning for f in found.values() if f.warning] + _warnings(images))
+        ),
         code=fingerprints(
-            [reference for c in configs for reference in _references(c)],
+            [reference for c in configs for reference in _references(c)]
+            + ([settings.data.source] if settings.data.is_own else []),
             [str(Path.cwd()), str(space.path.absolute().parent)],
         ),
     )
 
 
+def data_lines(images: ImageSet) -> list[str]:
+    """Return how the data were understood."""
+    kind = " that may be present together" if images.is_multilabel else ""
+    parts = {split: len(images.of(split)) for split in ("train", "val", "test")}
+    if images.num_folds:
+        parts = {f"in {images.num_folds} folds": parts["train"], "test": parts["test"]}
+    counted = ", ".join(f"{count} {split}" for split, count in parts.items() if count)
+    lines = [f"data      {images.data.source}: {len(images.classes)} classes{kind}; {counted}"]
+    return lines + [f"          {note}" for note in images.notes]
+
+
+def _require_metric(settings: RunSettings, images: ImageSet) -> None:
+    names = metric_names(images.classes, images.is_multilabel)
+    if settings.metric not in names:
+        shown = [name for name in names if not name.startswith("val/recall/")]
+        raise ConfigError(
+            f"--metric {settings.metric}: these data have {', '.join(shown)}, and val/recall/ of "
+            f"{', '.join(images.classes[:5])}{' ...' if len(images.classes) > 5 else ''}"
+        )
+
+
+def _decode(
+    configs: list[TrialConfig], images: ImageSet, settings: RunSettings, say: Say, watch: Watch
+) -> ImageSet:
+    """Decode the images for every preprocessing; return them with what came of each."""
+    stores: list[Store] = []
+    for preprocessing in _preprocessings(configs, images):
+        store = open_store(images, preprocessing, settings.store_budget, watch)
+        size = preprocessing.crop_size
+        how = (
+            "decoded at each use: they are more than the store's budget"
+            if store.is_streamed
+            else "decoded once for all trials"
+        )
+        say(f"images    seen at {size} x {size} pixels, {how}")
+        stores.append(store)
+    for store in stores:
+        images = store.stamped(images)
+    images = digest_files(images, "test")
+    require_usable(images)
+    # Again, now that it is known what can be read: sampling may have no meaning for the rest.
+    stores[0].bad |= [bool(e.bad) for e in images.of("train", "val")]
+    substitute = settings.data.bad_images == "substitute"
+    for config in configs:
+        Shuffled(stores[0], config, settings.seed, substitute)
+    return images
+
+
+def _warnings(images: ImageSet) -> list[str]:
+    """Return what the user should know of the data before and after."""
+    loud = ("unreadable", "not images", "tiny classes")
+    return [
+        f"{finding.words}{_policy(images) if finding.kind == 'unreadable' else ''}"
+        for finding in cheap_findings(images)
+        if finding.is_serious or finding.kind in loud
+    ]
+
+
+def _policy(images: ImageSet) -> str:
+    if images.data.bad_images == "substitute":
+        return "; in training, others of their class take their places"
+    return "; they are left out"
+
+
 def prepare_one(
-    space: SearchSpace, settings: RunSettings, params: Mapping[str, Any], say: Say
+    space: SearchSpace,
+    settings: RunSettings,
+    params: Mapping[str, Any],
+    say: Say,
+    watch: Watch = _unwatched,
 ) -> tuple[Prepared, TrialConfig, TrialRun]:
     """Check one configuration, and return it with where and how it runs here, without a folder.
 
@@ -114,13 +201,14 @@ def prepare_one(
         space: where the configuration comes from.
         settings: where and how it will run.
         params: a value for each parameter that the space asks for.
-        say: told what takes a while.
+        say: told what was found.
+        watch: told how far the decoding of the images is.
 
     Raises:
         TuneappError: as `prepare` does.
     """
     branch = space.replay(params)
-    prepared = prepare(space, settings, [branch], say)
+    prepared = prepare(space, settings, [branch], say, watch)
     config = settings.applied_to(branch.config)
     found = prepared.weights[weights_key(config)]
     return (
@@ -128,7 +216,7 @@ def prepare_one(
         config,
         TrialRun(
             settings=settings,
-            images=prepared.images,
+            images=_first_fold(prepared.images.sealed()),
             weights_file=None if found.file is None else Path(found.file),
             weights_name=found.name,
             num_threads=torch.get_num_threads(),
@@ -140,13 +228,23 @@ def prepare_one(
 
 def _mistakes_with(config: TrialConfig, images: ImageSet) -> list[str]:
     """Return what is wrong with a configuration for these images."""
-    mistakes = check_loss(config.loss, len(images.classes), mixed=config.is_mixed)
-    mistakes += check_steps(config, len(images.of("train")))
+    mistakes = check_loss(
+        config.loss,
+        len(images.classes),
+        mixed=config.is_mixed,
+        is_multilabel=images.is_multilabel,
+    )
+    trained = _first_fold(images).of("train")
+    mistakes += check_steps(config, config.num_samples or len(trained))
     try:
         size = preprocessing_of(config, images.native_size).crop_size
     except ConfigError as error:
         return [*mistakes, str(error)]
-    return [*mistakes, *check_image_size(config, size)]
+    return [*mistakes, *check_image_size(config, size), *check_augment(config.augment, size)]
+
+
+def _first_fold(images: ImageSet) -> ImageSet:
+    return images.fold(1) if images.num_folds else images
 
 
 def _try_weights(
@@ -176,6 +274,7 @@ def lay_out(run: RunDir, space: SearchSpace, images: ImageSet, record: RunRecord
     """Write everything into a new run directory but the ledger."""
     write_atomically(run.space_file, lambda aside: aside.write_text(space.text, encoding="utf-8"))
     write_split(run.split_file, images)
+    write_bad_images(run.bad_images_file, images)
     write_record(run, record)
 
 
@@ -188,10 +287,14 @@ def read_run_space(run: RunDir, record: RunRecord) -> SearchSpace:
 def read_run_images(run: RunDir, record: RunRecord) -> ImageSet:
     """Return the images of a run, split as they were when it began."""
     root = None if record.image_root is None else Path(record.image_root)
-    return read_split(run.split_file, root, record.classes)
+    return read_split(
+        run.split_file, root, record.classes, record.settings.data, record.is_multilabel
+    )
 
 
-def check_again(run: RunDir, record: RunRecord, branches: list[Branch]) -> ImageSet:
+def check_again(
+    run: RunDir, record: RunRecord, branches: list[Branch], watch: Watch = _unwatched
+) -> ImageSet:
     """Check that the images and weights of a run are still what they were; return the images.
 
     Raises:
@@ -206,7 +309,7 @@ def check_again(run: RunDir, record: RunRecord, branches: list[Branch]) -> Image
         require_same_weights(found)
     configs = [record.settings.applied_to(b.config) for b in branches]
     for preprocessing in _preprocessings(configs, images):
-        open_store(images, preprocessing)
+        open_store(images, preprocessing, record.settings.store_budget, watch)
     return images
 
 
@@ -221,7 +324,7 @@ def assemble(
         found = find_weights(config.model, config.weights).as_dict()
     return config, TrialRun(
         settings=record.settings,
-        images=read_run_images(run, record),
+        images=read_run_images(run, record).sealed(),
         weights_file=None if found["file"] is None else Path(found["file"]),
         weights_name=found["name"],
         num_threads=record.cpus_per_trial,
@@ -231,8 +334,13 @@ def assemble(
     )
 
 
-def load_model(run_path: Path, trial_id: str) -> StagedModel:
+def load_model(run_path: Path, trial_id: str, fold: int | None = None) -> StagedModel:
     """Return the network of a trial with the weights of its best epoch, in `eval()` mode.
+
+    Args:
+        run_path: the run directory.
+        trial_id: such as `t0007`.
+        fold: of a run with folds, which fold's model, from 1.
 
     `.network` is torchvision's own module, or yours. It wants images as the trial had them; the
     classes, in the order of the logits, are in the run's `run.json`.
@@ -243,8 +351,12 @@ def load_model(run_path: Path, trial_id: str) -> StagedModel:
     """
     run, record = open_run(run_path)
     folder = run.trial(trial_id)
-    content = read_best(folder / "checkpoints")
-    params = json.loads((folder / "config.json").read_text(encoding="utf-8"))["params"]
+    if (fold is None) != (record.settings.data.folds is None):
+        raise RunError(f"{run_path}: give fold= for a run with folds, and only there")
+    content = read_best((folder / f"fold{fold}" if fold else folder) / "checkpoints")
+    params = json.loads(
+        ((folder / "fold1" if fold else folder) / "config.json").read_text(encoding="utf-8")
+    )["params"]
     config, trial_run = assemble(run, record, trial_id, params, has_gpu=False)
     size = preprocessing_of(config, trial_run.images.native_size).crop_size
     model = build_staged(config, len(record.classes), size)
@@ -277,7 +389,12 @@ def first_trials(space: SearchSpace, branches: list[Branch]) -> list[dict[str, A
 
 def _references(config: TrialConfig) -> list[str]:
     """Return the import paths of the user's own objects in a configuration."""
-    named = [config.model, getattr(config.loss, "loss", ""), getattr(config.schedule, "factor", "")]
+    named = [
+        config.model,
+        config.augment,
+        getattr(config.loss, "loss", ""),
+        getattr(config.schedule, "factor", ""),
+    ]
     return [reference for reference in named if is_reference(reference)]
 
 

@@ -1,11 +1,15 @@
 """Trials as the ledger tells them: what every reader of a run begins with."""
 
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tuneapp.config import RunSettings, is_better
 from tuneapp.ledger import Event
+
+FOLD_SCORE = "fold/"
+"""Before the name of the metric: the score of the one fold that a row is about."""
 
 State = Literal["unfinished", "finished", "stopped", "diverged", "failed"]
 Origin = Literal["recipe", "search", "set"]
@@ -20,8 +24,8 @@ class TrialRecord:
         origin: `recipe` (one of the space's FIRST_TRIALS), `search` (proposed by the sampler) or
             `set` (given by the user to `train`).
         params: the sampled values.
-        epochs: how many it was to train.
-        rows: metrics of each epoch done.
+        epochs: how many rows it was to report: its epochs, or with folds, its folds.
+        rows: metrics of each epoch done; with folds, their means over the folds done.
         applied: what it really trained with in its newest epoch; empty before its first.
         state: `stopped` is early, by comparison with others; `unfinished` can go on.
         cause: why it did not finish, in a line.
@@ -41,6 +45,8 @@ class TrialRecord:
     def best(self, settings: RunSettings, up_to: int | None = None) -> dict[str, Any] | None:
         """Return the row of the best epoch, the earliest of equals; None before the first.
 
+        With folds, the newest row: the mean over all folds done, whatever fewer came to.
+
         Args:
             settings: say by which metric.
             up_to: look at the epochs up to this one only.
@@ -49,6 +55,9 @@ class TrialRecord:
         for row in self.rows:
             if up_to is not None and row["epoch"] > up_to:
                 break
+            if settings.data.folds is not None:
+                best = row
+                continue
             value = row[settings.metric]
             if is_better(value, None if best is None else best[settings.metric], settings.mode):
                 best = row
@@ -91,8 +100,13 @@ def best_record(
     """Return the trial with the best epoch of all, the earliest of equals, and that epoch's row.
 
     Stopped, diverged and failed trials take part with the epochs that they have: a checkpoint of
-    the best epoch is kept for each.
+    the best epoch is kept for each. With folds, means over different folds are not compared: the
+    trials with the most folds take part.
     """
+    records = list(records)
+    if settings.data.folds is not None:
+        most = max((len(record.rows) for record in records), default=0)
+        records = [record for record in records if len(record.rows) == most]
     best: tuple[TrialRecord, dict[str, Any]] | None = None
     for record in records:
         row = record.best(settings)
@@ -102,6 +116,11 @@ def best_record(
         if is_better(row[settings.metric], than, settings.mode):
             best = (record, row)
     return best
+
+
+def spread_of(scores: Sequence[float]) -> float:
+    """Return the standard deviation over folds: of a sample, so divided by one less."""
+    return statistics.stdev(scores)
 
 
 def flat(applied: dict[str, Any]) -> dict[str, Any]:

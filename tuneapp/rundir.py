@@ -3,8 +3,9 @@
     runs/resnet-001/
         ledger.jsonl      the events (ledger.py); the rest can be made again from it
         run.json          settings, number format of this layout, versions, weights, warnings
+        bad_images.csv    images that cannot be read and files that are none, if there are some
         space.py          the search space as it was when the run began; a resumed run uses this one
-        split.csv         every image: path, class, split, bytes
+        split.csv         every image: path, class, split, fold, group, weight, its fingerprint
         trials/t0001/     config.json, epochs.csv, log.txt, TensorBoard events, checkpoints/ with
                           their manifest; error.txt of a failed trial
         trials.csv        the table of trials
@@ -26,7 +27,7 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from tuneapp.config import RunSettings
+from tuneapp.config import Data, RunSettings
 from tuneapp.errors import ConfigError, RunError
 
 FORMAT = 1
@@ -61,6 +62,11 @@ class RunDir:
         return self.path / "split.csv"
 
     @property
+    def bad_images_file(self) -> Path:
+        """Images that cannot be read, and why."""
+        return self.path / "bad_images.csv"
+
+    @property
     def trials_table(self) -> Path:
         """The table of trials."""
         return self.path / "trials.csv"
@@ -93,6 +99,7 @@ class RunRecord:
         settings: where and how the trials run.
         image_root: absolute folder of the images; None for embedded data.
         classes: class names in the order of their labels.
+        is_multilabel: whether an image may show several of them.
         weights: for each weights choice of the space, what was found (`weights.Found.as_dict`).
         params: of the one trial of a `train` run.
         warnings: what the user should know when reading the results.
@@ -118,6 +125,7 @@ class RunRecord:
     time_budget_s: float | None = None
     import_from: tuple[str, ...] = ()
     code: Mapping[str, str] = field(default_factory=dict)
+    is_multilabel: bool = False
 
 
 def create_run(runs_dir: Path, name: str | None, default_name: str) -> RunDir:
@@ -178,7 +186,10 @@ def open_run(path: Path) -> tuple[RunDir, RunRecord]:
             raise RunError(
                 f"{path} was made by a newer tuneapp ({made_by['tuneapp']}); update this one"
             )
-        plain["settings"] = RunSettings(**plain["settings"])
+        settings = plain["settings"]
+        data = settings["data"]
+        settings["data"] = Data(**data) if isinstance(data, dict) else Data(source=data)
+        plain["settings"] = RunSettings(**settings)
         plain["classes"] = tuple(plain["classes"])
         plain["warnings"] = tuple(plain["warnings"])
         plain["import_from"] = tuple(plain.get("import_from", ()))

@@ -13,14 +13,15 @@ import torch
 
 from tuneapp.checkpoint import Row
 from tuneapp.config import RunSettings
+from tuneapp.data.store import Watch
 from tuneapp.errors import Diverged, say_cause
+from tuneapp.folds import run_whole
 from tuneapp.ledger import Event, Ledger
 from tuneapp.prepare import assemble, check_again, lay_out, prepare, read_run_space
 from tuneapp.records import Origin
 from tuneapp.rundir import RunDir, RunRecord, create_run, log_to, open_run
 from tuneapp.space import SearchSpace
 from tuneapp.study import Study
-from tuneapp.trial import run_trial
 
 Listen = Callable[[Event], None]
 
@@ -33,6 +34,7 @@ def start_training(
     name: str | None,
     say: Callable[[str], None],
     begun: Callable[[RunDir, RunRecord], Listen],
+    watch: Watch,
     like: tuple[RunDir, RunRecord] | None = None,
 ) -> RunDir:
     """Check one configuration, make its run directory, and train it.
@@ -45,13 +47,14 @@ def start_training(
         name: of the run directory; None takes the space's and a number.
         say: told what is being prepared.
         begun: called with the new run before it trains; returns the listener to its events.
+        watch: told how far the decoding of the images is.
         like: a run of these settings, whose split, weights and threads are taken over.
 
     Raises:
         TuneappError: something does not fit; nothing was written.
     """
     if like is None:
-        prepared = prepare(space, settings, [space.replay(params)], say)
+        prepared = prepare(space, settings, [space.replay(params)], say, watch)
         images = prepared.images
         record = RunRecord(
             kind="train",
@@ -59,6 +62,7 @@ def start_training(
             settings=settings,
             image_root=None if images.root is None else str(images.root),
             classes=images.classes,
+            is_multilabel=images.is_multilabel,
             weights={key: found.as_dict() for key, found in prepared.weights.items()},
             params=dict(params),
             warnings=prepared.warnings,
@@ -68,7 +72,7 @@ def start_training(
             gpus_per_trial=float(torch.cuda.is_available() and settings.device != "cpu"),
         )
     else:
-        images = check_again(*like, [space.replay(params)])
+        images = check_again(*like, [space.replay(params)], watch)
         record = replace(
             like[1], kind="train", params=dict(params), concurrent=1, time_budget_s=None
         )
@@ -85,7 +89,9 @@ def start_training(
     return run
 
 
-def resume_training(path: Path, begun: Callable[[RunDir, RunRecord], Listen]) -> RunDir:
+def resume_training(
+    path: Path, begun: Callable[[RunDir, RunRecord], Listen], watch: Watch
+) -> RunDir:
     """Go on with the training in `path` after its last epoch; a finished one is left as it is."""
     run, record = open_run(path.resolve())
     lock = run.lock()
@@ -98,7 +104,7 @@ def resume_training(path: Path, begun: Callable[[RunDir, RunRecord], Listen]) ->
             if study.wanted == 0:  # ended before it had written down that it wants one
                 study.want(1)
             if study.remaining:
-                check_again(run, record, [space.replay(record.params)])
+                check_again(run, record, [space.replay(record.params)], watch)
                 _train(run, record, study)
     finally:
         lock.release()
@@ -119,7 +125,7 @@ def _train(run: RunDir, record: RunRecord, study: Study) -> None:
         try:
             has_gpu = record.gpus_per_trial > 0 and torch.cuda.is_available()
             config, trial_run = assemble(run, record, trial_id, proposal.params, has_gpu=has_gpu)
-            run_trial(config, trial_run, report, resume_from=folder / "checkpoints")
+            run_whole(config, trial_run, report)
         except Diverged as error:
             study.end(trial_id, "diverged", str(error))
         except Exception as error:

@@ -21,7 +21,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
 from tuneapp import config as config_names
-from tuneapp.config import TrialConfig
+from tuneapp.config import Data, TrialConfig
 from tuneapp.errors import ConfigError, SpaceError, did_you_mean
 from tuneapp.own import import_from, offer
 from tuneapp.scripted import Params, Probe, ScriptedTrial, describe
@@ -80,6 +80,7 @@ class SearchSpace:
             )
         self.summary = ((module.__doc__ or "").strip().splitlines() or [""])[0]
         self.first_trials = self._read_first_trials(getattr(module, "FIRST_TRIALS", []))
+        self.data = self._read_data(getattr(module, "DATA", Data()))
 
     @classmethod
     def read(cls, path: Path) -> "SearchSpace":
@@ -226,6 +227,14 @@ class SearchSpace:
                     f"{describe(distribution)} in another; give each branch its own name, such as "
                     f"'sgd.{name}' and 'adamw.{name}'"
                 )
+
+    def _read_data(self, given: object) -> Data:
+        if not isinstance(given, Data):
+            raise SpaceError(
+                f"{self.path}: DATA must be a Data from tuneapp.config, got {given!r}; such as "
+                "DATA = Data(source='photos/')"
+            )
+        return given
 
     def _read_first_trials(self, listed: object) -> list[dict[str, Any]]:
         ok = isinstance(listed, Sequence) and all(isinstance(p, Mapping) for p in listed)

@@ -161,7 +161,8 @@ class Study:
         self._live[trial_id] = trial
         try:
             config = self.settings.applied_to(self._space(trial))
-            epochs, mistake = config.epochs, ""
+            # With folds, what is reported of a trial is its folds.
+            epochs, mistake = self.settings.data.folds or config.epochs, ""
         except (SpaceError, ConfigError) as error:  # a corner that the probe did not see
             epochs, mistake = 0, str(error)
         self._write(

@@ -5,14 +5,15 @@ always the best epoch of the run's metric.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from tuneapp.data.source import read_split
-from tuneapp.ledger import read_events
+from tuneapp.data.split import read_split
+from tuneapp.ledger import Event, read_events
 from tuneapp.prepare import read_run_space
 from tuneapp.records import TrialRecord, best_record, flat, read_records, trials_wanted
 from tuneapp.rundir import RunDir, RunRecord, open_run, write_atomically
@@ -29,6 +30,9 @@ class Summary:
         trials: every trial proposed so far, in that order.
         wanted: trials that the run shall have in all.
         num_val: validation images, which the scores are shares of.
+        bad: images that cannot be read, each with its cause.
+        test_results: of each time that the test split was opened: which trial, and its scores on
+            it (a row for each fold's model); no scores where that was interrupted.
     """
 
     run: RunDir
@@ -36,6 +40,8 @@ class Summary:
     trials: tuple[TrialRecord, ...]
     wanted: int
     num_val: int
+    bad: tuple[tuple[str, str], ...] = ()
+    test_results: tuple[tuple[str, list[dict[str, float]]], ...] = ()
 
     @property
     def best(self) -> tuple[TrialRecord, dict[str, Any]] | None:
@@ -80,9 +86,30 @@ def read_summary(path: Path) -> Summary:
     run, record = open_run(path)
     events = read_events(run.ledger)
     root = None if record.image_root is None else Path(record.image_root)
-    num_val = len(read_split(run.split_file, root, record.classes).of("val"))
-    trials = tuple(read_records(events).values())
-    return Summary(run, record, trials, trials_wanted(events), num_val)
+    images = read_split(
+        run.split_file, root, record.classes, record.settings.data, record.is_multilabel
+    )
+    # With folds, every image that is not for testing is in the validation part of one of them.
+    validated = images.of("train" if images.num_folds else "val")
+    return Summary(
+        run,
+        record,
+        tuple(read_records(events).values()),
+        trials_wanted(events),
+        num_val=sum(not e.bad for e in validated),
+        bad=tuple((e.path, e.bad) for e in images.examples if e.bad),
+        test_results=_test_results(events),
+    )
+
+
+def _test_results(events: Sequence[Event]) -> tuple[tuple[str, list[dict[str, float]]], ...]:
+    results: list[tuple[str, list[dict[str, float]]]] = []
+    for event in events:
+        if event["event"] == "test_opened":
+            results.append((event["trial"], []))
+        elif event["event"] == "test_result":
+            results[-1] = (event["trial"], event["scores"])
+    return tuple(results)
 
 
 def trials_frame(path: Path) -> pd.DataFrame:

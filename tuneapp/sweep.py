@@ -20,6 +20,7 @@ from types import FrameType
 import torch
 
 from tuneapp.config import RunSettings
+from tuneapp.data.store import Watch
 from tuneapp.errors import ConfigError, RunError, TuneappError
 from tuneapp.ledger import Event, Ledger
 from tuneapp.prepare import check_again, first_trials, lay_out, prepare, read_run_space
@@ -104,6 +105,7 @@ def start_sweep(
     options: SweepOptions,
     say: Callable[[str], None],
     begun: Callable[[RunDir, RunRecord], Listen],
+    watch: Watch,
 ) -> Outcome:
     """Check everything, make the run directory, and run the sweep.
 
@@ -113,6 +115,7 @@ def start_sweep(
         options: how many trials, where, for how long.
         say: told what is being prepared.
         begun: called with the new run before its first trial; returns the listener to its events.
+        watch: told how far the decoding of the images is.
 
     Raises:
         TuneappError: something does not fit; nothing was written.
@@ -120,7 +123,7 @@ def start_sweep(
     branches = space.branches()
     recipes = first_trials(space, branches)
     slots, cpus, gpus = share_machine(settings, options.trials, options.concurrent)
-    prepared = prepare(space, settings, branches, say)
+    prepared = prepare(space, settings, branches, say, watch)
     run = create_run(options.runs_dir.resolve(), options.name, space.name)
     record = RunRecord(
         kind="sweep",
@@ -128,6 +131,7 @@ def start_sweep(
         settings=settings,
         image_root=None if prepared.images.root is None else str(prepared.images.root),
         classes=prepared.images.classes,
+        is_multilabel=prepared.images.is_multilabel,
         weights={key: found.as_dict() for key, found in prepared.weights.items()},
         warnings=prepared.warnings,
         import_from=(str(Path.cwd()),),
@@ -157,6 +161,7 @@ def start_sweep(
 def resume_sweep(
     path: Path,
     begun: Callable[[RunDir, RunRecord], Listen],
+    watch: Watch,
     dashboard_host: str | None = None,
 ) -> Outcome:
     """Go on with the sweep in `path`: unfinished trials from their last epoch, then the rest.
@@ -186,7 +191,7 @@ def resume_sweep(
                 )
             if study.remaining == 0:
                 return Outcome(run, None, False, None, 0)
-            check_again(run, record, branches)
+            check_again(run, record, branches, watch)
             max_epochs = max(record.settings.applied_to(b.config).epochs for b in branches)
             return _drive(run, record, study, ledger, max_epochs, dashboard_host)
     finally:
@@ -258,7 +263,8 @@ def _drive(
     if record.gpus_per_trial and not torch.cuda.is_available():
         raise ConfigError(f"{run.path} was begun on GPUs, and this machine has none for torch")
     driver = Driver(study, str(run.path))
-    stopper = Stopper(driver, max_epochs, settings.mode)
+    # With folds, what is reported, and compared, is folds.
+    stopper = Stopper(driver, settings.data.folds or max_epochs, settings.mode)
     stopper.replay(list(ledger.events))
     # The handlers come second: `ray.init` sets its own for SIGTERM.
     with _ray(record, dashboard_host) as scratch, _signals() as caught:

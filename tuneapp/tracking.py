@@ -35,6 +35,27 @@ class NoTracker:
         """Do nothing."""
 
 
+def open_tracker(
+    folder: Path | None,
+    params: Mapping[str, Any],
+    settings: RunSettings,
+    history: Sequence[Row],
+    text: str = "",
+) -> Tracker:
+    """Return a tracker that writes into `folder`; without one, one that does nothing.
+
+    Args:
+        folder: of the trial.
+        params: for HParams.
+        settings: say which metric makes an epoch the best.
+        history: rows of the epochs done.
+        text: in Markdown, what there is to say of the data; empty for nothing.
+    """
+    if folder is None:
+        return NoTracker()
+    return TensorBoardTracker(folder, params, settings, history, text)
+
+
 class TensorBoardTracker:
     """Writes scalars once per epoch, and the parameters with the best value so far for HParams."""
 
@@ -44,6 +65,7 @@ class TensorBoardTracker:
         params: Mapping[str, Any],
         settings: RunSettings,
         history: Sequence[Row],
+        text: str = "",
     ) -> None:
         """Write the event file in `folder` anew, with the epochs of `history` in it."""
         for old in folder.glob("events.out.tfevents.*"):
@@ -60,6 +82,8 @@ class TensorBoardTracker:
         experiment, start, _ = hparams(plain, {self._best_tag: 0.0})
         for summary in (experiment, start):
             self._writer.file_writer.add_summary(summary)
+        if text:
+            self._writer.add_text("data", text, 0)
         for row in history:
             self.epoch(row)
 

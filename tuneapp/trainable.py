@@ -14,9 +14,9 @@ from ray import tune
 
 from tuneapp.checkpoint import Row
 from tuneapp.errors import Diverged, say_cause
+from tuneapp.folds import run_whole
 from tuneapp.prepare import assemble
 from tuneapp.rundir import log_to, open_run
-from tuneapp.trial import run_trial
 
 SCORE = "score"
 """The value that Ray wants with every report; our stopper judges by our records instead."""
@@ -46,7 +46,7 @@ def train_trial(assignment: dict[str, Any]) -> None:
             config, trial_run = assemble(
                 run, record, trial_id, assignment["params"], has_gpu=gpus > 0
             )
-            run_trial(config, trial_run, report, resume_from=folder / "checkpoints")
+            run_whole(config, trial_run, report)
     except Diverged as error:
         report_end("diverged", str(error))
     except Exception as error:

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ from tuneapp.applied import Applied, read_back
 from tuneapp.average import WeightAverage
 from tuneapp.checkpoint import TrainState
 from tuneapp.config import Amp, RunSettings, TrialConfig
-from tuneapp.data.source import ImageSet
-from tuneapp.data.store import Preprocessing, open_store
-from tuneapp.data.views import Batches, evaluation_view, mixing, training_view
+from tuneapp.data.batches import Batches
+from tuneapp.data.examples import ImageSet
+from tuneapp.data.sampling import InOrder, Shuffled
+from tuneapp.data.store import Preprocessing, Store, open_store
+from tuneapp.data.views import evaluation_view, mixing, training_view
 from tuneapp.errors import ConfigError
 from tuneapp.loop import EpochMetrics, Precision
 from tuneapp.losses import TrainingLoss, build_loss
@@ -34,7 +36,7 @@ class TrialRun:
     """Where and how one trial runs.
 
     Attributes:
-        images: the data set, split.
+        images: the data set, split; without its test split.
         weights_file: a state_dict to start from; None starts from random weights.
         weights_name: what these weights are called.
         num_threads: CPU threads.
@@ -83,9 +85,13 @@ class Training:
         Raises:
             AppliedValueError: it is not what was asked for.
         """
-        batch_size = self.train_batches.batch_size
-        applied = read_back(
-            self.state, self.loss_fn, batch_size, self.precision, self.run.weights_name
+        batches = self.train_batches
+        applied = replace(
+            read_back(
+                self.state, self.loss_fn, batches.batch_size, self.precision, self.run.weights_name
+            ),
+            images="streamed" if batches.is_streamed else "stored",
+            workers=batches.workers,
         )
         steps = len(self.train_batches)
         require_applied(applied, self.config, self.state.model, self.device, steps, epoch)
@@ -106,8 +112,8 @@ class Training:
 def begin_training(config: TrialConfig, run: TrialRun) -> Training:
     """Build what `config` asks for. What ran before in this process does not matter."""
     torch.set_num_threads(run.num_threads)
-    device = _choose_device(run)
-    precision = Precision(device.type, _choose_dtype(config.amp, device))
+    device = choose_device(run)
+    precision = Precision(device.type, choose_dtype(config.amp, device))
 
     # Data: the same store, views and order for every trial of the sweep.
     preprocessing = preprocessing_of(config, run.images.native_size)
@@ -116,8 +122,8 @@ def begin_training(config: TrialConfig, run: TrialRun) -> Training:
     # Head weights, and later dropout, are drawn from these seeds.
     seed_everything(run.settings.seed, config.seed)
     model = _build_model(config, run, preprocessing.crop_size, device)
-    class_counts = train_batches.class_counts(len(run.images.classes))
-    loss_fn = build_loss(config.loss, class_counts, config.aux_weight).to(device)
+    counts = run.images.counts("train")
+    loss_fn = build_loss(config.loss, counts, config.aux_weight).to(device)
     return Training(
         config=config,
         run=run,
@@ -130,7 +136,7 @@ def begin_training(config: TrialConfig, run: TrialRun) -> Training:
     )
 
 
-def _choose_device(run: TrialRun) -> torch.device:
+def choose_device(run: TrialRun) -> torch.device:
     """Return the trial's GPU where it has one, unless the settings say otherwise."""
     asked = run.settings.device
     if asked == "cuda" and not run.has_gpu:
@@ -138,7 +144,7 @@ def _choose_device(run: TrialRun) -> torch.device:
     return torch.device("cuda" if run.has_gpu and asked != "cpu" else "cpu")
 
 
-def _choose_dtype(amp: Amp, device: torch.device) -> torch.dtype:
+def choose_dtype(amp: Amp, device: torch.device) -> torch.dtype:
     """Return what the forward pass computes in; `auto` mixes precisions on a GPU only."""
     if amp == "auto":
         if device.type == "cpu":
@@ -153,28 +159,45 @@ def _open_batches(
     config: TrialConfig, run: TrialRun, preprocessing: Preprocessing, device: torch.device
 ) -> tuple[Batches, Batches]:
     """Return the batches of the training and of the validation set."""
-    store = open_store(run.images, preprocessing)
+    settings = run.settings
+    store = open_store(run.images, preprocessing, settings.store_budget)
+    workers = choose_workers(settings, store, run.num_threads)
+    substitute = settings.data.bad_images == "substitute"
     train = Batches(
         store,
-        "train",
+        Shuffled(store, config, settings.seed, substitute),
         view=training_view(config.augment, preprocessing),
         preprocessing=preprocessing,
         batch_size=config.batch_size,
         device=device,
-        shuffle_seed=run.settings.seed,
+        join_single=True,
         mix=mixing(config.mixup_alpha, config.cutmix_alpha, len(run.images.classes)),
+        mix_seed=settings.seed,
         channels_last=config.channels_last,
+        workers=workers,
     )
     val = Batches(
         store,
-        "val",
+        InOrder(store, "val"),
         view=evaluation_view(preprocessing),
         preprocessing=preprocessing,
         batch_size=config.batch_size,
         device=device,
         channels_last=config.channels_last,
+        workers=workers,
     )
     return train, val
+
+
+def choose_workers(settings: RunSettings, store: Store, num_threads: int) -> int:
+    """Return how many processes make the batches of a split.
+
+    Stored images need none on a CPU: views are made while nothing else could be done there.
+    """
+    if settings.workers is not None:
+        return settings.workers
+    can_be_pickled = not settings.data.is_dataset  # of the user's own, nobody knows
+    return num_threads if store.is_streamed and can_be_pickled else 0
 
 
 def _build_model(

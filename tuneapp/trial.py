@@ -5,6 +5,7 @@
 """
 
 import csv
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -12,12 +13,16 @@ from pathlib import Path
 
 from tuneapp.checkpoint import Row, TrainState
 from tuneapp.config import RunSettings, TrialConfig, is_better
-from tuneapp.errors import Diverged
-from tuneapp.loop import EpochMetrics, EvalMetrics, evaluate, train_one_epoch
+from tuneapp.data.findings import describe_bad
+from tuneapp.errors import Diverged, TrialError
+from tuneapp.loop import EpochMetrics, Evaluation, evaluate, train_one_epoch
+from tuneapp.metrics import measure
 from tuneapp.rundir import write_atomically, write_json
-from tuneapp.tracking import NoTracker, TensorBoardTracker, Tracker
+from tuneapp.tracking import NoTracker, Tracker, open_tracker
 from tuneapp.training import TrialRun, begin_training
 from tuneapp.weights import preprocessing_of
+
+log = logging.getLogger(__name__)
 
 Report = Callable[[Row], None]
 
@@ -76,9 +81,9 @@ def run_trial(
                 training.check_batches(trained)
             validated = state.model if state.average is None else state.average.model
             batches = training.val_batches.epoch(epoch)
-            scores = evaluate(validated, batches, training.precision)
-            row = _row(epoch, trained, scores, lrs)
-            _require_finite(row, trained.steps)
+            answers = evaluate(validated, batches, training.precision)
+            row = _row(epoch, trained, answers, lrs, run)
+            _require_finite(epoch, row, trained.steps)
             state.schedule.end_epoch(row)
             _record(state, row, run)
             tracker.epoch(row)
@@ -93,12 +98,25 @@ def score_of(row: Row, settings: RunSettings) -> float:
     return float(row[settings.metric])
 
 
-def _row(epoch: int, trained: EpochMetrics, scores: EvalMetrics, lrs: Mapping[str, float]) -> Row:
+def _row(
+    epoch: int,
+    trained: EpochMetrics,
+    answers: Evaluation,
+    lrs: Mapping[str, float],
+    run: TrialRun,
+) -> Row:
+    # Before anything is counted: answers that are no numbers have no place in a ranking.
+    _require_finite(epoch, {"val/loss": answers.loss}, trained.steps)
+    scores = measure(
+        answers.logits.numpy(), answers.targets.numpy(), run.images.classes, run.settings.metric
+    )
+    if run.settings.metric not in {"val/loss", *scores}:
+        raise TrialError(f"{run.settings.metric} is not defined for these validation images")
     return {
         "epoch": epoch,
         "train/loss": trained.loss,
-        "val/loss": scores.loss,
-        "val/accuracy": scores.accuracy,
+        "val/loss": answers.loss,
+        **scores,
         "train/grad_norm": trained.grad_norm,
         "train/images_per_s": trained.images_per_s,
         "train/data_wait": trained.data_wait,
@@ -115,14 +133,17 @@ def _open_folder(run: TrialRun, config: TrialConfig, state: TrainState) -> Track
     write_json(run.folder / "config.json", plain)
     if state.history:  # the table may lack the epoch in which the trial was interrupted
         _write_table(run.folder / "epochs.csv", state.history)
-    return TensorBoardTracker(run.folder, run.params, run.settings, state.history)
+    text = describe_bad(run.images)
+    if text:
+        log.warning("%s", text)
+    return open_tracker(run.folder, run.params, run.settings, state.history, text)
 
 
-def _require_finite(row: Row, step: int) -> None:
+def _require_finite(epoch: int, row: Row, step: int) -> None:
     """A step's loss was checked already; that of the validation can leave the numbers by itself."""
     for name, value in row.items():
         if not math.isfinite(value):
-            raise Diverged(row["epoch"], step, value, what=name)
+            raise Diverged(epoch, step, value, what=name)
 
 
 def _record(state: TrainState, row: Row, run: TrialRun) -> None:

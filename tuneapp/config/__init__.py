@@ -5,7 +5,8 @@ user's own line. Wrong values are collected and reported together. This package 
 the standard library: search-space files import it, and `tuneapp show` stays fast.
 """
 
-from tuneapp.config.checks import METRIC_MODES, Metric, is_reference
+from tuneapp.config.checks import METRIC_MODES, METRICS, Metric, is_metric, is_reference
+from tuneapp.config.data import BAD_IMAGES, EMBEDDED, BadImages, Data
 from tuneapp.config.losses import (
     BceDice,
     BinaryCrossEntropy,
@@ -37,11 +38,15 @@ from tuneapp.config.trial import AMP_MODES, AUGMENTS, Amp, Augment, Preprocess, 
 __all__ = [
     "AMP_MODES",
     "AUGMENTS",
+    "BAD_IMAGES",
+    "EMBEDDED",
+    "METRICS",
     "METRIC_MODES",
     "Adam",
     "AdamW",
     "Amp",
     "Augment",
+    "BadImages",
     "BceDice",
     "BinaryCrossEntropy",
     "Constant",
@@ -49,6 +54,7 @@ __all__ = [
     "CosineRestarts",
     "CrossEntropy",
     "Cyclic",
+    "Data",
     "Dice",
     "Exponential",
     "Focal",
@@ -71,5 +77,6 @@ __all__ = [
     "TrialConfig",
     "canonical_json",
     "is_better",
+    "is_metric",
     "is_reference",
 ]

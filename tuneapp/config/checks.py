@@ -8,11 +8,19 @@ from typing import Any, Literal
 
 from tuneapp.errors import ConfigError
 
-Metric = Literal["val/accuracy", "val/loss"]
+Metric = Literal["val/accuracy", "val/balanced_accuracy", "val/loss", "val/macro_f1"]
+"""Metrics that every row has, whatever the classes are."""
 
 METRIC_MODES: Mapping[str, Literal["max", "min"]] = MappingProxyType(
-    {"val/accuracy": "max", "val/loss": "min"}
+    {
+        "val/accuracy": "max",
+        "val/balanced_accuracy": "max",
+        "val/loss": "min",
+        "val/macro_f1": "max",
+    }
 )
+METRICS = ("accuracy", "auroc", "average_precision", "balanced_accuracy", "loss", "macro_f1")
+"""What a trial can be judged by, after `val/`; besides, `recall/` and the name of a class."""
 
 _REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
@@ -38,6 +46,19 @@ def require(ok: bool, name: str, value: object, allowed: str) -> list[str]:
 def is_number(value: object) -> bool:
     """Whether `value` is a finite number; True and False are none."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def metric_mode(metric: str) -> Literal["max", "min"]:
+    """Return whether a larger or a smaller value of a metric is better."""
+    return "min" if metric == "val/loss" else "max"
+
+
+def is_metric(value: object) -> bool:
+    """Whether `value` names a metric; whether its class is one is known with the data only."""
+    if not isinstance(value, str):
+        return False
+    name = value.removeprefix("val/")
+    return name != value and (name in METRICS or (name[:7] == "recall/" and name != "recall/"))
 
 
 def is_whole(value: object, least: int) -> bool:

@@ -9,6 +9,7 @@ from tuneapp.config.checks import (
     at_least_zero,
     fraction,
     is_number,
+    is_reference,
     is_whole,
     one_of,
     plain,
@@ -22,10 +23,12 @@ from tuneapp.config.schedules import Constant, Schedule
 from tuneapp.errors import did_you_mean
 
 Amp = Literal["auto", "bf16", "fp16", "off"]
-Augment = Literal["none", "light", "standard"]
+Augment = Literal["none", "light", "standard", "strong"]
+Sampling = Literal["shuffle", "balanced", "weighted"]
 
 AMP_MODES: tuple[str, ...] = get_args(Amp)
 AUGMENTS: tuple[str, ...] = get_args(Augment)
+SAMPLINGS: tuple[str, ...] = get_args(Sampling)
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 
 
@@ -100,7 +103,17 @@ class TrialConfig(Checked):
         aux_weight: weight in the loss of each auxiliary classifier (GoogLeNet, Inception v3);
             0 trains without them.
         augment: strength of the random views: `none`; `light` (crops of 80-100 % of the area,
-            nothing mirrored); `standard` (crops of 35-100 %, mirrored left-right half the time).
+            nothing mirrored); `standard` (crops of 35-100 %, mirrored left-right half the time);
+            `strong` (besides, TrivialAugment, and random erasing of a tenth of the images); or the
+            import path of a function `build(image_size)` that returns a transform of uint8 tensors
+            (3, H, W) to (3, image_size, image_size), such as one of torchvision's v2.
+        sampling: which examples an epoch has: `shuffle`, each once; `balanced`, of each class as
+            many; `weighted`, as the weights that the data give say.
+        replacement: where sampling is not `shuffle`, whether an example may come several times in
+            an epoch, each time as another view. Without, `balanced` takes as many of each class as
+            the smallest one has, other ones in each epoch.
+        num_samples: examples of an epoch, where they are weighted, or balanced with replacement;
+            None is as many as there are.
         mixup_alpha: > 0 blends the images of each batch (`torchvision.transforms.v2.MixUp`).
         cutmix_alpha: > 0 pastes parts of them into each other (`v2.CutMix`); with both, each batch
             gets one or the other.
@@ -136,7 +149,10 @@ class TrialConfig(Checked):
     dropout: float | None = None
     stochastic_depth: float | None = None
     aux_weight: float = 0.0
-    augment: Augment = "light"
+    augment: str = "light"
+    sampling: Sampling = "shuffle"
+    replacement: bool = True
+    num_samples: int | None = None
     mixup_alpha: float = 0.0
     cutmix_alpha: float = 0.0
     image_size: int | None = None
@@ -222,7 +238,8 @@ class TrialConfig(Checked):
             *whole("epochs", self.epochs, 1),
             *whole("batch_size", self.batch_size, 1),
             *whole("seed", self.seed, 0),
-            *one_of("augment", self.augment, AUGMENTS),
+            *self._augment_mistakes(),
+            *self._sampling_mistakes(),
             *at_least_zero("mixup_alpha", self.mixup_alpha),
             *at_least_zero("cutmix_alpha", self.cutmix_alpha),
             *one_of("amp", self.amp, AMP_MODES),
@@ -239,6 +256,35 @@ class TrialConfig(Checked):
         ]
         if self.clip_norm is not None and self.clip_value is not None:
             mistakes.append("clip_norm and clip_value: give one of them")
+        return mistakes
+
+    def _augment_mistakes(self) -> list[str]:
+        if is_reference(self.augment):
+            return []
+        words = ", ".join(map(repr, AUGMENTS))
+        allowed = f"one of {words}, or an import path such as 'package.module:build'"
+        return require(self.augment in AUGMENTS, "augment", self.augment, allowed)
+
+    def _sampling_mistakes(self) -> list[str]:
+        mistakes = [
+            *one_of("sampling", self.sampling, SAMPLINGS),
+            *true_or_false("replacement", self.replacement),
+        ]
+        if self.num_samples is None:
+            if self.sampling == "weighted" and not self.replacement:
+                mistakes.append(
+                    "num_samples must be given: weighted without replacement, an epoch of all "
+                    "examples would not be weighted"
+                )
+            return mistakes
+        mistakes += whole("num_samples", self.num_samples, 1)
+        if self.sampling == "shuffle":
+            mistakes.append("num_samples goes with sampling='balanced' or 'weighted'")
+        elif self.sampling == "balanced" and not self.replacement:
+            mistakes.append(
+                "num_samples goes with replacement: without, balanced takes as many of each class "
+                "as the smallest one has"
+            )
         return mistakes
 
     @property

@@ -1,63 +1,66 @@
-"""Draw the augmented versions of images, and put batches of them on the device.
+"""Draw the augmented versions of images: each image by a seed of its own."""
 
-Every draw is a function of (seed, epoch, index of the example), and the order of an epoch one of
-(seed, epoch). Nothing depends on what was drawn before: not on the batch size, the trial, the
-process, or where a training was resumed.
-"""
-
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from tuneapp.config import Augment
-from tuneapp.data.store import Preprocessing, Store
+from tuneapp.config import is_reference
+from tuneapp.data.store import Preprocessing, StoredPixels, StreamedPixels
+from tuneapp.errors import ConfigError, say_cause
+from tuneapp.own import find_own
 
-Batch = tuple[Tensor, Tensor]
-
-# What a number is drawn for: two purposes never share a stream.
-_ORDER, _VIEW, _MIX = 0, 1, 2
-
-
-def _stream(seed: int, purpose: int, epoch: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, purpose, epoch])))
+View = Callable[[Tensor], Tensor]
+Key = tuple[int, int | None]
+"""Index of an example and the seed of its view; None is the view that has nothing random."""
 
 
-def epoch_order(seed: int, epoch: int, count: int) -> npt.NDArray[np.intp]:
-    """Return the order of `count` examples in this epoch."""
-    return _stream(seed, _ORDER, epoch).permutation(count)
-
-
-def view_seeds(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
-    """Return a seed for the view of each of the first `count` examples of the store.
-
-    A prefix of a longer list: example 7 has the same seed in a set of 10 and of 10,000.
-    """
-    return _stream(seed, _VIEW, epoch).integers(0, 2**63 - 1, size=count, dtype=np.int64)
-
-
-def training_view(augment: Augment, preprocessing: Preprocessing) -> v2.Transform:
+def training_view(augment: str, preprocessing: Preprocessing) -> View:
     """Return the random transform of one stored uint8 image to (3, crop_size, crop_size).
 
     The 35 % of `standard` is fastai's usual `min_scale`: fine-tuning starts from a network that
-    knows whole objects, and torchvision's 8 % are meant for training from scratch.
+    knows whole objects, and torchvision's 8 % are meant for training from scratch. `strong` is
+    what torchvision's newer recipes add: TrivialAugment (Mueller & Hutter 2021) and random erasing
+    (Zhong et al. 2020) of a tenth of the images, here with the mean colour, which normalisation
+    makes the zeros of torchvision's references.
+
+    Args:
+        augment: `none`, `light`, `standard`, `strong`, or the import path of a function
+            `build(image_size)` that returns a transform of uint8 tensors.
+        preprocessing: says the size that comes out.
+
+    Raises:
+        ConfigError: the user's own transform cannot be had.
     """
+    size = preprocessing.crop_size
+    if is_reference(augment):
+        return _own_view(augment, size)
     if augment == "none":
         return evaluation_view(preprocessing)
-    smallest = 0.8 if augment == "light" else 0.35
-    crop = v2.RandomResizedCrop(
-        preprocessing.crop_size, scale=(smallest, 1.0), ratio=(3 / 4, 4 / 3), antialias=True
-    )
-    mirror = [v2.RandomHorizontalFlip()] if augment == "standard" else []
-    return v2.Compose([crop, *mirror])
+    smallest = {"light": 0.8, "standard": 0.35, "strong": 0.35}[augment]
+    crop = v2.RandomResizedCrop(size, scale=(smallest, 1.0), ratio=(3 / 4, 4 / 3), antialias=True)
+    steps: list[v2.Transform] = [crop]
+    if augment in ("standard", "strong"):
+        steps.append(v2.RandomHorizontalFlip())
+    if augment == "strong":
+        mean = [round(255 * value) for value in preprocessing.mean]
+        steps += [
+            v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR, fill=mean),
+            v2.RandomErasing(p=0.1, value=mean),
+        ]
+    view: View = v2.Compose(steps)
+    return view
 
 
-def evaluation_view(preprocessing: Preprocessing) -> v2.Transform:
+def evaluation_view(preprocessing: Preprocessing) -> View:
     """Return torchvision's centre crop of a stored image to (3, crop_size, crop_size)."""
-    return v2.CenterCrop(preprocessing.crop_size)
+    view: View = v2.CenterCrop(preprocessing.crop_size)
+    return view
 
 
 def mixing(mixup_alpha: float, cutmix_alpha: float, num_classes: int) -> v2.Transform | None:
@@ -77,103 +80,109 @@ def mixing(mixup_alpha: float, cutmix_alpha: float, num_classes: int) -> v2.Tran
     return v2.RandomChoice(mixes) if mixes else None
 
 
-class Batches:
-    """The examples of one split, as normalised batches on the device, epoch by epoch."""
+def check_augment(augment: str, image_size: int) -> list[str]:
+    """Return what is wrong with the user's own transform, after trying it on one image.
 
-    def __init__(
-        self,
-        store: Store,
-        split: str,
-        *,
-        view: v2.Transform,
-        preprocessing: Preprocessing,
-        batch_size: int,
-        device: torch.device,
-        shuffle_seed: int | None = None,
-        mix: v2.Transform | None = None,
-        channels_last: bool = False,
-    ) -> None:
-        """Take the examples of `split`: in random order and views, or as they are without seed."""
-        self._store = store
-        self._indices = store.indices(split)
+    Args:
+        augment: as in a configuration; the named ones are right.
+        image_size: what must come out.
+    """
+    if not is_reference(augment):
+        return []
+    image = torch.randint(
+        0, 256, (3, image_size + 9, image_size + 31), generator=torch.Generator().manual_seed(0)
+    ).to(torch.uint8)
+    try:
+        view = _own_view(augment, image_size)
+        first, again = (draw_view(view, image, 7) for _ in range(2))
+    except ConfigError as error:
+        return [str(error)]
+    except Exception as error:
+        return [f"augment {augment!r}: trying it on an image failed: {say_cause(error)}"]
+    wanted = (3, image_size, image_size)
+    if not isinstance(first, Tensor) or first.dtype != torch.uint8 or first.shape != wanted:
+        got = f"{first.dtype} {tuple(first.shape)}" if isinstance(first, Tensor) else type(first)
+        return [f"augment {augment!r}: it must return uint8 {wanted}, and returned {got}"]
+    if not torch.equal(first, again):
+        return [
+            f"augment {augment!r}: it returned two different images for one seed; draw from "
+            "torch's, numpy's or Python's own global generator, whose seeds are set for each image"
+        ]
+    return []
+
+
+def draw_view(view: View, image: Tensor, seed: int | None) -> Tensor:
+    """Return the view of one image that a seed stands for; None is the one without a draw."""
+    if seed is None:
+        return view(image)
+    with _kept_generators():
+        return _seeded(view, image, seed)
+
+
+class KeyedViews(Dataset[Tensor]):
+    """Views by their keys, in this process or in a worker: the same key gives the same view."""
+
+    def __init__(self, pixels: StoredPixels | StreamedPixels, view: View) -> None:
+        self._pixels = pixels
         self._view = view
-        self._device = device
-        self._seed = shuffle_seed
-        self._mix = mix
-        self._layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.batch_size = batch_size
-        self._mean = torch.tensor(preprocessing.mean, device=device).view(1, 3, 1, 1)
-        self._std = torch.tensor(preprocessing.std, device=device).view(1, 3, 1, 1)
 
-    @property
-    def num_examples(self) -> int:
-        """Examples of one epoch."""
-        return len(self._indices)
+    def __getitem__(self, key: Key) -> Tensor:
+        """Return one view, uint8 (3, H, W)."""
+        return self.__getitems__([key])[0]
 
-    def class_counts(self, num_classes: int) -> list[int]:
-        """Return how many examples each class has."""
-        labels = self._store.labels[torch.from_numpy(self._indices)]
-        counts: list[int] = torch.bincount(labels, minlength=num_classes).tolist()
-        return counts
-
-    def __len__(self) -> int:
-        """Batches of one epoch."""
-        return len(self._bounds())
-
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """Yield images, float32 (B, 3, H, W) normalised, and labels.
-
-        Labels are int64 (B,); where images are mixed, float (B, classes).
-        """
-        order, seeds = self._indices, None
-        if self._seed is not None:
-            order = order[epoch_order(self._seed, epoch, len(order))]
-            seeds = view_seeds(self._seed, epoch, len(self._store.labels))
-        for number, (start, end) in enumerate(self._bounds()):
-            chosen = order[start:end]
-            views = self._views(chosen, None if seeds is None else seeds[chosen])
-            # Divided first, as torchvision does: a validation image is its own to the last bit.
-            images = self._send(views).float().div_(255)
-            images = images.sub_(self._mean).div_(self._std).contiguous(memory_format=self._layout)
-            labels = self._send(self._store.labels[torch.from_numpy(chosen)])
-            yield self._mixed(images, labels, epoch, number)
-
-    def _mixed(self, images: Tensor, labels: Tensor, epoch: int, number: int) -> Batch:
-        """Mix a batch as its seed, epoch and number say."""
-        if self._mix is None or self._seed is None:
-            return images, labels
-        seed = np.random.SeedSequence([self._seed, _MIX, epoch, number]).generate_state(1)[0]
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(seed))
-            mixed: Batch = self._mix(images, labels)
-        return mixed
-
-    def _send(self, tensor: Tensor) -> Tensor:
-        """Put a tensor on the device; from pinned memory, a GPU's work is not waited for."""
-        if self._device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self._device, non_blocking=True)
-
-    def _bounds(self) -> list[tuple[int, int]]:
-        """Cut an epoch into batches; a single leftover joins the batch before it.
-
-        BatchNorm cannot be trained on a batch of one example with one pixel left.
-        """
-        count = len(self._indices)
-        starts = list(range(0, count, self.batch_size))
-        is_single = count - starts[-1] == 1 and self.batch_size > 1
-        if self._seed is not None and len(starts) > 1 and is_single:
-            starts.pop()
-        return list(zip(starts, [*starts[1:], count], strict=True))
-
-    def _views(self, chosen: npt.NDArray[np.intp], seeds: npt.NDArray[np.int64] | None) -> Tensor:
-        images = (self._store.image(int(index)) for index in chosen)
-        if seeds is None:
-            return torch.stack([self._view(image) for image in images])
+    def __getitems__(self, keys: Sequence[Key]) -> list[Tensor]:
+        """Return the views of a batch, which torch's DataLoader asks for at once."""
         views = []
-        # The transforms draw from torch's CPU generator; the training's own state is put back.
+        # The transforms draw from global generators; the training's own states are put back.
+        with _kept_generators():
+            for index, seed in keys:
+                image = self._pixels.image(index)
+                view = self._view
+                views.append(view(image) if seed is None else _seeded(view, image, seed))
+        return views
+
+
+def _seeded(view: View, image: Tensor, seed: int) -> Tensor:
+    torch.default_generator.manual_seed(seed)
+    if isinstance(view, _Own):
+        # torchvision draws from torch alone; what the user's own draws from, nobody knows.
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+    return view(image)
+
+
+@contextmanager
+def _kept_generators() -> Iterator[None]:
+    """Put the CPU generators back as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
         with torch.random.fork_rng(devices=[]):
-            for image, seed in zip(images, seeds, strict=True):
-                torch.default_generator.manual_seed(int(seed))
-                views.append(self._view(image))
-        return torch.stack(views)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+class _Own:
+    """The user's own transform; pickled by its import path, so that workers build it anew."""
+
+    def __init__(self, reference: str, image_size: int) -> None:
+        self._made_from = (reference, image_size)
+        build = find_own(reference, "augment")
+        self._transform = build(image_size)
+        if not callable(self._transform):
+            raise ConfigError(
+                f"augment {reference!r}: it must return a transform, and returned "
+                f"{type(self._transform).__name__}"
+            )
+
+    def __reduce__(self) -> tuple[type["_Own"], tuple[str, int]]:
+        return _Own, self._made_from
+
+    def __call__(self, image: Tensor) -> Tensor:
+        view: Tensor = self._transform(image)
+        return view
+
+
+def _own_view(reference: str, image_size: int) -> View:
+    return _Own(reference, image_size)

@@ -1,0 +1,193 @@
+"""Views as normalised batches on the device, made here or by worker processes, one batch ahead."""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
+from tuneapp.data.sampling import Draw, batch_seed
+from tuneapp.data.store import Preprocessing, Store
+from tuneapp.data.views import Key, KeyedViews, View
+
+Batch = tuple[Tensor, Tensor]
+
+PREFETCH = 4
+"""Batches that each worker process makes in advance."""
+WORKER_TIMEOUT_S = 120.0
+"""After so long without a batch, a worker is taken for hung."""
+
+
+class Sampler(Protocol):
+    """What says which examples an epoch has."""
+
+    @property
+    def num_examples(self) -> int:
+        """Examples of one epoch."""
+
+    def draw(self, epoch: int) -> Draw:
+        """Return the examples of an epoch."""
+
+
+class Batches:
+    """The examples of one split, as normalised batches on the device, epoch by epoch."""
+
+    def __init__(
+        self,
+        store: Store,
+        sampler: Sampler,
+        *,
+        view: View,
+        preprocessing: Preprocessing,
+        batch_size: int,
+        device: torch.device,
+        join_single: bool = False,
+        mix: v2.Transform | None = None,
+        mix_seed: int = 0,
+        channels_last: bool = False,
+        workers: int = 0,
+    ) -> None:
+        """Take what `sampler` draws.
+
+        Args:
+            store: where labels and pixels are.
+            sampler: which examples, in which order.
+            view: what is made of each image.
+            preprocessing: how views are normalised.
+            batch_size: examples of a batch.
+            device: where the batches go.
+            join_single: let a single leftover join the batch before it: BatchNorm cannot be
+                trained on a batch of one example with one pixel left.
+            mix: mixes the images of a batch, and their labels.
+            mix_seed: what that is drawn from.
+            channels_last: the memory format of the images.
+            workers: processes that make the views; 0 makes them here.
+        """
+        self._store = store
+        self._sampler = sampler
+        self._device = device
+        self._join_single = join_single
+        self._mix = mix
+        self._mix_seed = mix_seed
+        self._layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.batch_size = batch_size
+        self.workers = workers
+        self._mean = torch.tensor(preprocessing.mean, device=device).view(1, 3, 1, 1)
+        self._std = torch.tensor(preprocessing.std, device=device).view(1, 3, 1, 1)
+        self._keys = _Keys()
+        self._loader = DataLoader(
+            KeyedViews(store.pixels, view),
+            batch_sampler=self._keys,
+            num_workers=workers,
+            collate_fn=torch.stack,
+            pin_memory=device.type == "cuda",
+            # Forked workers of a process with threads, such as Ray's, can hang.
+            multiprocessing_context="forkserver" if workers else None,
+            persistent_workers=workers > 0,
+            prefetch_factor=PREFETCH if workers else None,
+            timeout=WORKER_TIMEOUT_S if workers else 0,
+            # Its own, or it would draw from the training's.
+            generator=torch.Generator(),
+        )
+
+    @property
+    def num_examples(self) -> int:
+        """Examples of one epoch."""
+        return self._sampler.num_examples
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether images are decoded at each use."""
+        return self._store.is_streamed
+
+    def __len__(self) -> int:
+        """Batches of one epoch."""
+        return len(self._bounds())
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """Yield images, float32 (B, 3, H, W) normalised, and labels.
+
+        Labels are int64 (B,); of multi-label sets, or where images are mixed, float (B, classes).
+        """
+        draw = self._sampler.draw(epoch)
+        indices = draw.indices.tolist()
+        seeds = [None] * len(indices) if draw.seeds is None else draw.seeds.tolist()
+        keys = list(zip(indices, seeds, strict=True))
+        self._keys.batches = [keys[start:end] for start, end in self._bounds()]
+        labels = (
+            self._store.labels[torch.from_numpy(draw.indices[start:end])]
+            for start, end in self._bounds()
+        )
+        batches = self._on_device(zip(self._loader, labels, strict=True))
+        for number, (images, labels_here) in enumerate(batches):
+            yield self._mixed(images, labels_here, epoch, number)
+
+    def _on_device(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Normalise batches on the device; on a GPU, one ahead, beside the work of the last one."""
+        if self._device.type != "cuda":
+            for views, labels in batches:
+                yield self._normalised(views), labels
+            return
+        aside = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        ready: tuple[Batch, torch.cuda.Event] | None = None
+        for views, labels in batches:
+            with torch.cuda.stream(aside):
+                ahead = (self._normalised(views), self._send(labels))
+                sent = aside.record_event()
+            if ready is not None:
+                yield self._taken_over(*ready)
+            ready = (ahead, sent)
+        if ready is not None:
+            yield self._taken_over(*ready)
+
+    def _taken_over(self, batch: Batch, sent: torch.cuda.Event) -> Batch:
+        """Let the training's stream wait for a batch, and keep its memory from being used again."""
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(sent)
+        for tensor in batch:
+            tensor.record_stream(stream)
+        return batch
+
+    def _normalised(self, views: Tensor) -> Tensor:
+        # Divided first, as torchvision does: a validation image is its own to the last bit.
+        images = self._send(views).float().div_(255)
+        return images.sub_(self._mean).div_(self._std).contiguous(memory_format=self._layout)
+
+    def _send(self, tensor: Tensor) -> Tensor:
+        """Put a tensor on the device; from pinned memory, a GPU's work is not waited for."""
+        if self._device.type == "cuda" and not tensor.is_pinned():
+            tensor = tensor.pin_memory()
+        return tensor.to(self._device, non_blocking=True)
+
+    def _mixed(self, images: Tensor, labels: Tensor, epoch: int, number: int) -> Batch:
+        """Mix a batch as its seed, epoch and number say."""
+        if self._mix is None:
+            return images, labels
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(batch_seed(self._mix_seed, epoch, number))
+            mixed: Batch = self._mix(images, labels)
+        return mixed
+
+    def _bounds(self) -> list[tuple[int, int]]:
+        """Cut an epoch into batches."""
+        count = self.num_examples
+        starts = list(range(0, count, self.batch_size))
+        is_single = count - starts[-1] == 1 and self.batch_size > 1
+        if self._join_single and len(starts) > 1 and is_single:
+            starts.pop()
+        return list(zip(starts, [*starts[1:], count], strict=True))
+
+
+class _Keys:
+    """The keys of each batch of the coming epoch; workers that live on ask it in every epoch."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[Key]] = []
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)

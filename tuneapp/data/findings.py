@@ -1,0 +1,221 @@
+"""What is odd about a data set, as far as names, labels, splits and contents tell it.
+
+Cheap: nothing is decoded here. `sweep` runs this before every search; `doctor` adds what only the
+pixels tell.
+"""
+
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from tuneapp.data.examples import Example, ImageSet
+
+TINY_CLASS = 20
+"""With fewer training images than this, a class is called tiny."""
+IMBALANCED = 10
+"""The largest class has so many times the images of the smallest one."""
+MANY_UNREADABLE = 0.05
+"""Above this share, unreadable images are a sign that something larger is wrong."""
+
+_NAMED = 3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that the user should know.
+
+    Attributes:
+        kind: a short name, such as `duplicates across splits`.
+        is_serious: whether it makes the numbers of a training wrong, or ends it.
+        words: one line: what, how many, and where it is not plain, what to do.
+        paths: the images that it is about.
+        exclude: those of them that the exclusion list should name.
+    """
+
+    kind: str
+    is_serious: bool
+    words: str
+    paths: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+
+def cheap_findings(images: ImageSet) -> list[Finding]:
+    """Return what can be said without decoding, the serious first.
+
+    Contents are compared where the examples have digests.
+    """
+    found = [
+        *_unreadable(images),
+        *_skipped(images),
+        *_small_classes(images),
+        *_names(images),
+        *exact_duplicates(images),
+    ]
+    return sorted(found, key=lambda finding: not finding.is_serious)
+
+
+def _unreadable(images: ImageSet) -> Iterable[Finding]:
+    bad = [e for e in images.examples if e.bad]
+    if bad:
+        share = len(bad) / len(images.examples)
+        yield Finding(
+            "unreadable",
+            share > MANY_UNREADABLE,
+            f"{len(bad)} of {len(images.examples)} images cannot be read: "
+            + some([f"{e.path} {e.bad}" for e in bad]),
+            tuple(e.path for e in bad),
+            tuple(e.path for e in bad),
+        )
+
+
+def describe_bad(images: ImageSet) -> str:
+    """Return which images cannot be read, why, and what becomes of them; empty if all can."""
+    bad = [e for e in images.examples if e.bad]
+    if not bad:
+        return ""
+    counts = Counter(e.split for e in bad)
+    counted = ", ".join(f"{count} of {split}" for split, count in sorted(counts.items()))
+    lines = [f"- {e.path} {e.bad}" for e in bad]
+    policy = images.data.bad_images
+    fate = (
+        "in training, others of their class take their places"
+        if policy == "substitute"
+        else "they are left out"
+    )
+    return "\n".join([f"{len(bad)} images cannot be read ({counted}); {fate}:", "", *lines])
+
+
+def _skipped(images: ImageSet) -> Iterable[Finding]:
+    if images.skipped:
+        yield Finding(
+            "not images",
+            False,
+            f"{len(images.skipped)} file(s) beside the images are none: "
+            + some([f"{path} {cause}" for path, cause in images.skipped]),
+            tuple(path for path, _ in images.skipped),
+        )
+
+
+def _small_classes(images: ImageSet) -> Iterable[Finding]:
+    for split in ("train", "val", "test"):
+        counts = images.counts(split)
+        absent = [name for name, n in zip(images.classes, counts, strict=True) if n == 0]
+        if absent and any(counts):
+            yield Finding("missing classes", True, f"{split} has no image of {some(absent)}")
+    counts = images.counts("train")
+    tiny = [
+        f"{name} ({n})" for name, n in zip(images.classes, counts, strict=True) if n < TINY_CLASS
+    ]
+    if tiny:
+        yield Finding(
+            "tiny classes",
+            False,
+            f"{len(tiny)} class(es) have fewer than {TINY_CLASS} training images: {some(tiny)}; "
+            "for small data, --folds uses every image for validation once",
+        )
+    if min(counts) and max(counts) >= IMBALANCED * min(counts):
+        yield Finding(
+            "imbalance",
+            False,
+            f"the largest class has {max(counts)} training images, the smallest {min(counts)}: "
+            "think of --metric val/balanced_accuracy, sampling='balanced' or "
+            "CrossEntropy(class_weights='balanced')",
+        )
+
+
+def _names(images: ImageSet) -> Iterable[Finding]:
+    paths = [e.path for e in images.examples]
+    non_ascii = [path for path in paths if not path.isascii()]
+    if non_ascii:
+        yield Finding(
+            "non-ASCII names",
+            False,
+            f"{len(non_ascii)} name(s) are not plain ASCII, such as {non_ascii[0]!r}: other "
+            "machines may spell them otherwise",
+            tuple(non_ascii),
+        )
+    odd = [path for path in paths if any(unicodedata.category(c) in ("Cc", "Cs") for c in path)]
+    if odd:
+        yield Finding(
+            "unprintable names",
+            False,
+            f"{len(odd)} name(s) have unprintable characters, such as {odd[0]!r}",
+            tuple(odd),
+        )
+    for group in _same(paths, {path: _folded(path) for path in paths}):
+        yield Finding(
+            "colliding names",
+            False,
+            f"{some(group)} are one name where case does not count (macOS, Windows)",
+            tuple(group),
+        )
+
+
+def _folded(path: str) -> str:
+    return unicodedata.normalize("NFC", path).casefold()
+
+
+def exact_duplicates(images: ImageSet) -> Iterable[Finding]:
+    """Yield the images with the same content: across splits, under different labels, or else."""
+    by_digest: dict[str, list[Example]] = defaultdict(list)
+    for example in images.examples:
+        if example.digest and not example.bad:
+            by_digest[example.digest].append(example)
+    groups = [group for group in by_digest.values() if len(group) > 1]
+    yield from duplicate_findings(groups, "the same file content")
+
+
+def duplicate_findings(groups: Sequence[Sequence[Example]], how: str) -> Iterable[Finding]:
+    """Yield what groups of the same image come to.
+
+    Of a group in several splits, one is kept: of the test split if there is one, then of the
+    validation split. Of a group with different labels nobody knows which is right: none is.
+
+    Args:
+        groups: examples that show the same.
+        how: in which way they are the same.
+    """
+    conflicting = [g for g in groups if len({e.labels for e in g}) > 1]
+    rest = [g for g in groups if len({e.labels for e in g}) == 1]
+    across = [g for g in rest if len({e.split for e in g}) > 1]
+    within = [g for g in rest if len({e.split for e in g}) == 1]
+    kinds = (
+        ("labels that contradict", True, conflicting, "different labels"),
+        ("duplicates across splits", True, across, "different splits"),
+        ("duplicates", False, within, "one split"),
+    )
+    for kind, is_serious, of_kind, where in kinds:
+        if of_kind:
+            shown = [" = ".join(e.path for e in group[:3]) for group in of_kind]
+            leave_out = [
+                e.path
+                for group in of_kind
+                for e in (group if kind[0] == "l" else _all_but_one(group))
+            ]
+            yield Finding(
+                kind,
+                is_serious,
+                f"{len(of_kind)} image(s) are there several times, with {how}, in {where}: "
+                + some(shown),
+                tuple(e.path for group in of_kind for e in group),
+                tuple(leave_out),
+            )
+
+
+def _all_but_one(group: Sequence[Example]) -> list[Example]:
+    order = ("test", "val", "train")
+    return sorted(group, key=lambda e: (order.index(e.split), e.path))[1:]
+
+
+def _same(paths: Sequence[str], keys: Mapping[str, str]) -> list[list[str]]:
+    by_key: dict[str, list[str]] = defaultdict(list)
+    for path in paths:
+        by_key[keys[path]].append(path)
+    return [group for group in by_key.values() if len(group) > 1]
+
+
+def some(items: Sequence[str]) -> str:
+    """Return the first few of these, and how many more there are."""
+    more = f" and {len(items) - _NAMED} more" if len(items) > _NAMED else ""
+    return ", ".join(items[:_NAMED]) + more

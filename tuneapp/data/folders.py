@@ -1,0 +1,184 @@
+"""Images in folders: a folder per class, split or not, or a flat one with labels in the names."""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+
+from tuneapp.config import EMBEDDED, Data
+from tuneapp.data.decode import ENDINGS, Unreadable, read_header
+from tuneapp.data.examples import Example, ImageSet
+from tuneapp.errors import DataError
+
+_SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+# What operating systems and catalogues leave in folders; nobody takes it for an image.
+_LITTER = frozenset({"thumbs.db", "desktop.ini", "ehthumbs.db", "picasa.ini"})
+
+Skipped = tuple[str, str]
+
+
+def read_folder(data: Data) -> ImageSet:
+    """Return the images in a folder, those of its own splits in these, all others in `train`.
+
+    Raises:
+        DataError: no such folder, no images, fewer than two classes, or classes that differ
+            between the splits.
+    """
+    root = Path(data.source).expanduser().resolve()
+    if not root.is_dir():
+        raise DataError(
+            f"--data {data.source}: no such folder; give a folder of class folders (or of train/, "
+            f"val/ and test/), a .csv or .parquet table, torchvision:NAME, an import path "
+            f"package.module:name, or {EMBEDDED!r} for the embedded data"
+        )
+    found = {split: _split_folder(root, names) for split, names in _SPLIT_NAMES.items()}
+    held_out = found["val"] or found["test"]
+    if found["train"] is None and held_out:
+        raise DataError(f"{root} has {held_out.name}/ and no train/: add it, or give classes alone")
+    folders = {split: place for split, place in found.items() if place} or {"train": root}
+    reader = _ClassFolders(root, data) if data.label_regex is None else _FlatFolder(root, data)
+    for split, place in folders.items():
+        reader.read(place, split)
+    return reader.result()
+
+
+class _Reader:
+    """Walks folders, and gathers examples under the names of their classes."""
+
+    def __init__(self, root: Path, data: Data) -> None:
+        self.root = root
+        self.data = data
+        self.found: list[tuple[str, str, os.stat_result | None, str]] = []
+        self.skipped: list[Skipped] = []
+
+    def read(self, place: Path, split: str) -> None:
+        raise NotImplementedError
+
+    def classes(self) -> list[str]:
+        """Return the classes in their order: the asked ones, or those that were found."""
+        names = sorted({name for _, name, _, _ in self.found})  # as torchvision's ImageFolder
+        if self.data.classes is None:
+            return names
+        strange = [name for name in names if name not in self.data.classes]
+        if strange:
+            raise DataError(
+                f"{self.root} has images of {', '.join(strange[:5])}, which classes= does not name"
+            )
+        return list(self.data.classes)
+
+    def result(self) -> ImageSet:
+        classes = self.classes()
+        labels = {name: label for label, name in enumerate(classes)}
+        examples = tuple(
+            Example(
+                path, labels[name], split, now.st_size if now else 0,
+                modified_ns=now.st_mtime_ns if now else 0,
+            )
+            for path, name, now, split in self.found
+        )  # fmt: skip
+        return ImageSet(self.root, tuple(classes), examples, self.data, skipped=tuple(self.skipped))
+
+    def take(self, file: Path, name: str, split: str) -> None:
+        try:
+            now = file.stat()
+        except OSError:  # a link to nowhere: it is found again when images are decoded
+            now = None
+        self.found.append((file.relative_to(self.root).as_posix(), name, now, split))
+
+    def image_files(self, folder: Path) -> Iterator[Path]:
+        """Walk `folder`, not following links to folders: they can loop.
+
+        Files with other endings than images have are looked into: photos without ending are
+        images, notes are not.
+        """
+        for place, folders, files in os.walk(folder):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in sorted(files):
+                file = Path(place, name)
+                if name.startswith(".") or name.lower() in _LITTER:
+                    continue
+                if file.suffix.lower() not in ENDINGS:
+                    try:
+                        read_header(file)
+                    except Unreadable as cause:
+                        self.skipped.append((file.relative_to(self.root).as_posix(), str(cause)))
+                        continue
+                yield file
+
+
+class _ClassFolders(_Reader):
+    """A folder per class."""
+
+    _first: frozenset[str] | None = None
+
+    def read(self, place: Path, split: str) -> None:
+        folders = sorted(p for p in place.iterdir() if p.is_dir() and not p.name.startswith("."))
+        if len(folders) < 2:
+            raise DataError(
+                f"{place} has {len(folders)} class folder(s); it takes at least two, each with the "
+                "images of one class (for labels in file names, give --label-regex)"
+            )
+        for folder in folders:
+            before = len(self.found)
+            for file in sorted(self.image_files(folder)):
+                self.take(file, folder.name, split)
+            if len(self.found) == before:
+                endings = ", ".join(sorted(ENDINGS)[:6])
+                raise DataError(f"{folder} holds no image ({endings}, ...); add some, or remove it")
+        theirs = frozenset(folder.name for folder in folders)
+        self._first = self._first or theirs
+        _require_same_classes(self._first, theirs, place)
+
+
+class _FlatFolder(_Reader):
+    """Labels in the paths, found by a regular expression."""
+
+    def read(self, place: Path, split: str) -> None:
+        assert self.data.label_regex is not None
+        pattern = re.compile(self.data.label_regex)
+        without: list[str] = []
+        for file in self.image_files(place):
+            path = file.relative_to(place).as_posix()
+            match = pattern.search(path)
+            name = (match.group(1) if pattern.groups else match.group(0)) if match else None
+            if name:
+                self.take(file, name, split)
+            else:
+                without.append(path)
+        if without:
+            raise DataError(
+                f"--label-regex {self.data.label_regex!r} finds no label in {len(without)} of "
+                f"{len(without) + len(self.found)} paths below {place}, such as {without[0]!r}; "
+                "the label is its first group, or the whole match"
+            )
+        names = {name for _, name, _, _ in self.found}
+        if len(names) < 2:
+            held = f"only the label {names.pop()!r}" if names else "no image"
+            raise DataError(f"{place}: --label-regex {self.data.label_regex!r} finds {held}")
+
+
+def _split_folder(root: Path, names: Sequence[str]) -> Path | None:
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and p.name.casefold() in names)
+    if len(folders) > 1:
+        both = " and ".join(f"{folder.name}/" for folder in folders)
+        raise DataError(f"{root} has {both}: rename the one that is not meant")
+    return folders[0] if folders else None
+
+
+def _require_same_classes(
+    classes: AbstractSet[str], theirs: AbstractSet[str], folder: Path
+) -> None:
+    missing, extra = sorted(classes - theirs), sorted(theirs - classes)
+    if not missing and not extra:
+        return
+    parts = [f"lacks {', '.join(missing[:5])}"] if missing else []
+    parts += [f"has {', '.join(extra[:5])} besides"] if extra else []
+    raise DataError(
+        f"{folder} {' and '.join(parts)}: every split needs the classes of train/, by the same "
+        "names"
+    )

@@ -1,0 +1,205 @@
+"""Which examples an epoch has, in which order, and what each one's view is drawn from.
+
+Every draw is a function of (seed, epoch, index of the example), and the order of an epoch one of
+(seed, epoch). Nothing depends on what was drawn before: not on the batch size, the trial, the
+process, or where a training was resumed.
+"""
+
+from collections import defaultdict
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from tuneapp.config import TrialConfig
+from tuneapp.data.store import Store
+from tuneapp.errors import ConfigError
+
+Indices = npt.NDArray[np.intp]
+
+# What a number is drawn for: two purposes never share a stream.
+_ORDER, _VIEW, _MIX, _REPEAT, _SUBSTITUTE = 0, 1, 2, 3, 4
+
+
+class Draw(NamedTuple):
+    """An epoch: which examples, in order, and for each the seed of its view (None: as it is)."""
+
+    indices: Indices
+    seeds: npt.NDArray[np.int64] | None
+
+
+def _stream(seed: int, *purpose: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, *purpose])))
+
+
+def epoch_order(seed: int, epoch: int, count: int) -> Indices:
+    """Return the order of `count` examples in this epoch."""
+    return _stream(seed, _ORDER, epoch).permutation(count)
+
+
+def view_seeds(seed: int, epoch: int, count: int, repeat: int = 0) -> npt.NDArray[np.int64]:
+    """Return a seed for the view of each of the first `count` examples of the store.
+
+    A prefix of a longer list: example 7 has the same seed in a set of 10 and of 10,000.
+
+    Args:
+        seed: of the run.
+        epoch: from 1.
+        count: how many.
+        repeat: of an example that is drawn several times in an epoch, which time, from 0.
+    """
+    purpose = (_REPEAT, epoch, repeat) if repeat else (_VIEW, epoch)
+    return _stream(seed, *purpose).integers(0, 2**63 - 1, size=count, dtype=np.int64)
+
+
+def batch_seed(seed: int, epoch: int, number: int) -> int:
+    """Return the seed by which batch `number` of an epoch is mixed."""
+    return int(np.random.SeedSequence([seed, _MIX, epoch, number]).generate_state(1)[0])
+
+
+class InOrder:
+    """Every readable example of a split, in the order of the store, as it is."""
+
+    def __init__(self, store: Store, split: str) -> None:
+        self._indices = store.indices(split)
+
+    @property
+    def num_examples(self) -> int:
+        """Examples of one epoch."""
+        return len(self._indices)
+
+    def draw(self, epoch: int) -> Draw:
+        """Return the examples, the same in each epoch."""
+        return Draw(self._indices, None)
+
+
+class Shuffled:
+    """The training examples of each epoch, as a configuration asks for them."""
+
+    def __init__(
+        self, store: Store, config: TrialConfig, seed: int, substitute: bool = False
+    ) -> None:
+        """Sample the training split of `store`.
+
+        Args:
+            store: labels, weights, and what of it cannot be read.
+            config: says how to sample.
+            seed: of the run.
+            substitute: put another example of the same class in the place of each unreadable one.
+
+        Raises:
+            ConfigError: the sampling has no meaning for these examples.
+        """
+        self._seed = seed
+        self._count = len(store.labels)
+        self._others: dict[int, Indices] = {}
+        self._indices = store.indices("train")
+        if substitute:
+            self._others = _others(store)
+            added = np.fromiter(self._others, dtype=np.intp)
+            self._indices = np.sort(np.concatenate([self._indices, added]))
+        self._config = config
+        self._classes = _rarest_classes(store, self._indices)
+        self._weights = store.weights[self._indices]
+        self.num_examples = self._num_examples()
+
+    def _num_examples(self) -> int:
+        config, available = self._config, len(self._indices)
+        if config.sampling == "weighted" and np.ptp(self._weights) == 0:
+            raise ConfigError(
+                "sampling='weighted' needs weights that differ: a column of them in a table "
+                "(--column weight=NAME)"
+            )
+        if config.sampling == "balanced" and not config.replacement:
+            _, counts = np.unique(self._classes, return_counts=True)
+            return int(counts.min() * len(counts))
+        if config.num_samples is None:
+            return available
+        drawable = available if config.replacement else int((self._weights > 0).sum())
+        if not config.replacement and config.num_samples > drawable:
+            raise ConfigError(
+                f"num_samples={config.num_samples} without replacement: there are {drawable} "
+                "training images to draw from"
+            )
+        return config.num_samples
+
+    def draw(self, epoch: int) -> Draw:
+        """Return the examples of an epoch in their order, with the seeds of their views."""
+        indices = self._indices[self._positions(epoch)]
+        repeats = _repeats(indices)
+        seeds = np.empty(len(indices), dtype=np.int64)
+        for repeat in range(int(repeats.max(initial=0)) + 1):
+            of_all = view_seeds(self._seed, epoch, self._count, repeat)
+            here = repeats == repeat
+            seeds[here] = of_all[indices[here]]
+        return Draw(self._substituted(indices, epoch), seeds)
+
+    def _positions(self, epoch: int) -> Indices:
+        """Return which of the indices an epoch has, in its order."""
+        config, available = self._config, len(self._indices)
+        if config.sampling == "shuffle":
+            return epoch_order(self._seed, epoch, available)
+        random = _stream(self._seed, _ORDER, epoch)
+        if config.sampling == "weighted":
+            weights = self._weights
+        elif config.replacement:
+            _, inverse, counts = np.unique(self._classes, return_inverse=True, return_counts=True)
+            weights = 1 / counts[inverse]
+        else:
+            return self._as_many_of_each(random)
+        return random.choice(
+            available, self.num_examples, replace=config.replacement, p=weights / weights.sum()
+        )
+
+    def _as_many_of_each(self, random: np.random.Generator) -> Indices:
+        """Draw, of each class, as many as the smallest one has."""
+        classes = np.unique(self._classes)
+        each = self.num_examples // len(classes)
+        drawn = [
+            random.choice(np.flatnonzero(self._classes == label), each, replace=False)
+            for label in classes
+        ]
+        return random.permutation(np.concatenate(drawn))
+
+    def _substituted(self, indices: Indices, epoch: int) -> Indices:
+        if not self._others:
+            return indices
+        drawn = _stream(self._seed, _SUBSTITUTE, epoch).integers(0, 2**62, size=self._count)
+        out = indices.copy()
+        for position, index in enumerate(indices):
+            others = self._others.get(int(index))
+            if others is not None:
+                out[position] = others[drawn[index] % len(others)]
+        return out
+
+
+def _repeats(indices: Indices) -> Indices:
+    """Return for each of these how many times it came before."""
+    seen: dict[int, int] = defaultdict(int)
+    repeats = np.zeros(len(indices), dtype=np.intp)
+    for position, index in enumerate(indices.tolist()):
+        repeats[position] = seen[index]
+        seen[index] += 1
+    return repeats
+
+
+def _rarest_classes(store: Store, indices: Indices) -> npt.NDArray[np.int64]:
+    """Return the class of each example; of several, the rarest; -1 where it shows none."""
+    labels = store.labels[indices].numpy()
+    if labels.ndim == 1:
+        return np.asarray(labels)
+    counts = np.where(labels > 0, labels.sum(axis=0), np.inf)
+    return np.where(labels.any(axis=1), counts.argmin(axis=1), -1)
+
+
+def _others(store: Store) -> dict[int, Indices]:
+    """Return, for each unreadable training example, the readable ones with the same label."""
+    good = store.indices("train")
+    labels = store.labels.numpy()
+    found = {}
+    for index in store.bad_indices("train").tolist():
+        same = labels[good] == labels[index]
+        same = same if same.ndim == 1 else same.all(axis=1)
+        if same.any():  # of several labels at once there may be no second example: it is dropped
+            found[index] = good[same]
+    return found
