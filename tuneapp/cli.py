@@ -617,7 +617,7 @@ def _finish_sweep(outcome: Any) -> int:
         _say(f"{outcome.remaining} trial(s) to go ({why})")
         _say(f"resume    python -m tuneapp resume {path}")
     if read.best is not None:
-        _say(f"model     {path}/trials/{read.best[0].trial_id}/checkpoints")
+        _say(f"model     {path}/trials/{read.best[0].trial_id}/{_checkpoints(read)}")
         _say(f"again     python -m tuneapp train --from {path} --trial best")
     _say(f"summary   python -m tuneapp summary {path}")
     _say(f"curves    tensorboard --logdir {path}/trials")
@@ -629,6 +629,10 @@ def _finish_sweep(outcome: Any) -> int:
     return 3 if any(t.state == "failed" for t in read.trials) else 0
 
 
+def _checkpoints(read: "Summary") -> str:
+    return "checkpoints" if read.record.settings.data.folds is None else "fold*/checkpoints"
+
+
 def _finish_training(run: "RunDir") -> int:
     from tuneapp.summary import read_summary, write_trials_table
 
@@ -637,7 +641,7 @@ def _finish_training(run: "RunDir") -> int:
     _print_result(read)
     _print_applied(read)
     path = _short_path(run.path)
-    _say(f"model     {path}/trials/t0001/checkpoints")
+    _say(f"model     {path}/trials/t0001/{_checkpoints(read)}")
     _say(f"curves    tensorboard --logdir {path}/trials")
     return 0 if read.trials and read.trials[0].state == "finished" else 4
 

@@ -164,6 +164,9 @@ def _decode(
         images = store.stamped(images)
     images = digest_files(images, "test")
     require_usable(images)
+    for finding in cheap_findings(images):
+        if finding.kind == "unreadable":
+            say(f"unread    {finding.words}{_policy(images)}")
     # Again, now that it is known what can be read: sampling may have no meaning for the rest.
     stores[0].bad |= [bool(e.bad) for e in images.of("train", "val")]
     substitute = settings.data.bad_images == "substitute"
@@ -174,11 +177,11 @@ def _decode(
 
 def _warnings(images: ImageSet) -> list[str]:
     """Return what the user should know of the data before and after."""
-    loud = ("unreadable", "not images", "tiny classes")
     return [
-        f"{finding.words}{_policy(images) if finding.kind == 'unreadable' else ''}"
+        finding.words
         for finding in cheap_findings(images)
-        if finding.is_serious or finding.kind in loud
+        if finding.kind != "unreadable"  # which is told by itself, with its names
+        and (finding.is_serious or finding.kind in ("not images", "tiny classes"))
     ]
 
 

@@ -7,7 +7,7 @@ keeps state of its own that could be lost: after a restart both are made again f
 import json
 import math
 import time
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
@@ -82,17 +82,27 @@ class Stopper(AsyncHyperBandScheduler):
     Source: L. Li et al., A System for Massively Parallel Hyperparameter Tuning, MLSys 2020.
     """
 
-    def __init__(self, driver: Driver, max_epochs: int, mode: str) -> None:
-        """Rebuild the rungs from the epochs in the ledger, and stop what should have been."""
+    def __init__(
+        self, driver: Driver, max_epochs: int, mode: str, step: Literal["epoch", "fold"] = "epoch"
+    ) -> None:
+        """Rebuild the rungs from the epochs in the ledger, and stop what should have been.
+
+        Args:
+            driver: the study.
+            max_epochs: the longest training of any trial, in what is reported.
+            mode: whether a larger or a smaller score is better.
+            step: what is reported: one fold alone says too little to stop a trial by it.
+        """
         super().__init__(
             time_attr="epoch",
             metric=SCORE,
             mode=mode,
             max_t=max_epochs,
-            grace_period=max(1, math.ceil(GRACE_SHARE * max_epochs)),
+            grace_period=max(1 if step == "epoch" else 2, math.ceil(GRACE_SHARE * max_epochs)),
             reduction_factor=REDUCTION_FACTOR,
         )
         self._driver = driver
+        self._step = step
 
     def replay(self, events: list[Event]) -> None:
         """Judge the epochs of a ledger again, in their order."""
@@ -139,7 +149,8 @@ class Stopper(AsyncHyperBandScheduler):
         if action == TrialScheduler.STOP and may_stop:
             rung = max(m for m, _ in self._brackets[0]._rungs if m <= epoch)
             cause = (
-                f"{study.settings.metric} {score:.4f} was not in the better third at epoch {rung:g}"
+                f"{study.settings.metric} {score:.4f} was not in the better third at "
+                f"{self._step} {rung:g}"
             )
             study.end(trial_id, "stopped", cause)
             return str(action)

@@ -263,8 +263,11 @@ def _drive(
     if record.gpus_per_trial and not torch.cuda.is_available():
         raise ConfigError(f"{run.path} was begun on GPUs, and this machine has none for torch")
     driver = Driver(study, str(run.path))
-    # With folds, what is reported, and compared, is folds.
-    stopper = Stopper(driver, settings.data.folds or max_epochs, settings.mode)
+    folds = settings.data.folds
+    if folds is None:
+        stopper = Stopper(driver, max_epochs, settings.mode)
+    else:
+        stopper = Stopper(driver, folds, settings.mode, step="fold")
     stopper.replay(list(ledger.events))
     # The handlers come second: `ray.init` sets its own for SIGTERM.
     with _ray(record, dashboard_host) as scratch, _signals() as caught:

@@ -135,7 +135,7 @@ def _open_folder(run: TrialRun, config: TrialConfig, state: TrainState) -> Track
         _write_table(run.folder / "epochs.csv", state.history)
     text = describe_bad(run.images)
     if text:
-        log.warning("%s", text)
+        log.info("%s", text)
     return open_tracker(run.folder, run.params, run.settings, state.history, text)
 
 

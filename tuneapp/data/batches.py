@@ -1,6 +1,8 @@
 """Views as normalised batches on the device, made here or by worker processes, one batch ahead."""
 
+import multiprocessing
 from collections.abc import Iterator
+from multiprocessing.context import BaseContext
 from typing import Protocol
 
 import torch
@@ -83,8 +85,7 @@ class Batches:
             num_workers=workers,
             collate_fn=torch.stack,
             pin_memory=device.type == "cuda",
-            # Forked workers of a process with threads, such as Ray's, can hang.
-            multiprocessing_context="forkserver" if workers else None,
+            multiprocessing_context=_worker_context() if workers else None,
             persistent_workers=workers > 0,
             prefetch_factor=PREFETCH if workers else None,
             timeout=WORKER_TIMEOUT_S if workers else 0,
@@ -178,6 +179,17 @@ class Batches:
         if self._join_single and len(starts) > 1 and is_single:
             starts.pop()
         return list(zip(starts, [*starts[1:], count], strict=True))
+
+
+def _worker_context() -> BaseContext:
+    """Return how worker processes are started.
+
+    By a server that has imported torch once and forks them: a process with threads, such as a
+    trial of Ray's, must not be forked itself, and importing torch anew takes seconds for each.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tuneapp.data.views"])
+    return context
 
 
 class _Keys:

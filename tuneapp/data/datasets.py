@@ -224,7 +224,7 @@ def _raw_labels(dataset: Any, data: Data) -> list[Any]:
     """Return the label of each example: an int, or a tuple of 0 and 1."""
     # What else than `targets` means in a Dataset of the user's own, nobody knows.
     for name in ("targets",) if data.is_own else ("targets", "labels", "y", "_labels"):
-        found = getattr(dataset, name, None)
+        found: Any = getattr(dataset, name, None)
         is_list = hasattr(found, "__len__") and len(found) == len(dataset)
         # QMNIST's targets are rows of numbers, and its examples have the first as label.
         is_plain = data.is_own or getattr(found, "ndim", 1) == 1

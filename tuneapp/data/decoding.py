@@ -8,6 +8,7 @@ of the time goes into what holds it (`benchmarks/decoding.py`).
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -153,10 +154,19 @@ def _executor(num_files: int) -> Executor:
     if num_files < PROCESSES_FROM:
         return ThreadPoolExecutor(workers)
     return ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_ignore_ctrl_c
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_worker
     )
 
 
-def _ignore_ctrl_c() -> None:
-    """Leave Ctrl-C to the process that asked, which ends its workers."""
+def _begin_worker() -> None:
+    """Leave Ctrl-C to the process that asked, which ends its workers; end with it in any case."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Without this, the workers of a process that was killed wait for their next task for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

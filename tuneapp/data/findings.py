@@ -111,8 +111,8 @@ def _small_classes(images: ImageSet) -> Iterable[Finding]:
         yield Finding(
             "tiny classes",
             False,
-            f"{len(tiny)} class(es) have fewer than {TINY_CLASS} training images: {some(tiny)}; "
-            "for small data, --folds uses every image for validation once",
+            f"{len(tiny)} class(es) have fewer than {TINY_CLASS} training images: {some(tiny)}"
+            + ("" if images.num_folds else "; with --folds, each validates once"),
         )
     if min(counts) and max(counts) >= IMBALANCED * min(counts):
         yield Finding(

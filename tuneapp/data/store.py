@@ -26,9 +26,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from filelock import FileLock
+from PIL import Image
 
 from tuneapp.data.cache import cache_dir
-from tuneapp.data.decode import Unreadable, digest, read_bytes, resize
+from tuneapp.data.decode import Unreadable, decode, digest, read_bytes, resize
 from tuneapp.data.decoding import Decoded, Sizes, Task, decode_chunk, in_parallel, measure_chunk
 from tuneapp.data.examples import Example, ImageSet
 from tuneapp.data.reading import read_example
@@ -69,7 +70,11 @@ class StoredPixels:
         self._folder = folder
         self._shapes: npt.NDArray[np.int64] = np.load(folder / "shapes.npy")
         self._ends = np.cumsum(self._shapes[:, 0] * self._shapes[:, 1] * 3)
-        self._pixels = np.memmap(folder / "pixels.bin", dtype=np.uint8, mode="r")
+        self._pixels: npt.NDArray[np.uint8] = (
+            np.memmap(folder / "pixels.bin", dtype=np.uint8, mode="r")
+            if self._ends[-1]
+            else np.empty(0, dtype=np.uint8)  # not one image can be read; nothing cannot be mapped
+        )
 
     def __reduce__(self) -> tuple[type["StoredPixels"], tuple[Path]]:
         return StoredPixels, (self._folder,)
@@ -97,13 +102,20 @@ class StreamedPixels:
             DataError: its file is gone or has changed since the sweep began; the message names it.
         """
         example = self._examples[index]
+        wanted = self._preprocessing
         try:
-            image = read_example(self._images, example)
-            wanted = self._preprocessing
-            pixels = resize(image, wanted.resize_size, wanted.interpolation)
+            pixels = resize(self._open(example), wanted.resize_size, wanted.interpolation)
         except Unreadable as cause:
             raise DataError(f"{self._images.name_of(example)} {cause}") from None
         return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+
+    def _open(self, example: Example) -> Image.Image:
+        if self._images.root is None:
+            return read_example(self._images, example)
+        content = read_bytes(self._images.root / example.path)
+        if example.digest and digest(content) != example.digest:
+            raise Unreadable("has changed since the run began; restore it, or begin a new run")
+        return decode(content)
 
 
 class Store:
@@ -301,6 +313,8 @@ def _make(
     watch: Watch,
 ) -> Path:
     """Make a store, or the index alone where the pixels do not fit the budget; return it."""
+    for left in stored.parent.glob(f".{stored.name}.*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     aside = Path(tempfile.mkdtemp(dir=stored.parent, prefix=f".{stored.name}."))
     try:
         if images.root is None:
