@@ -1,13 +1,21 @@
 import errno
+import importlib
+import itertools
 import os
+import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -15,16 +23,19 @@ from torchvision.models import ResNet18_Weights, ResNet50_Weights
 from torchvision.transforms.v2 import functional as TF
 
 import tuneapp
-import tuneapp.data.store as store_module
 from tests.states import config_of
 from tuneapp.config import Data
+from tuneapp.data import decoding, reading
 from tuneapp.data.batches import Batches
 from tuneapp.data.cache import cache_dir
+from tuneapp.data.decode import Header
 from tuneapp.data.examples import Example, ImageSet
 from tuneapp.data.reading import open_image
+from tuneapp.data.sampling import InOrder, Shuffled
 from tuneapp.data.source import read_images
-from tuneapp.data.store import Preprocessing, open_store
-from tuneapp.data.views import evaluation_view
+from tuneapp.data.split import require_usable, split
+from tuneapp.data.store import Preprocessing, Store, digest_files, open_store
+from tuneapp.data.views import KeyedViews, evaluation_view, training_view
 from tuneapp.errors import DataError
 from tuneapp.weights import preprocessing_of
 
@@ -47,7 +58,8 @@ def noise(shape: tuple[int, int], seed: int) -> Image.Image:
 
 
 def example_of(root: Path, name: str, label: int, split: str) -> Example:
-    return Example(name, label, split, (root / name).stat().st_size)
+    now = (root / name).stat()
+    return Example(name, label, split, now.st_size, modified_ns=now.st_mtime_ns)
 
 
 @pytest.fixture
@@ -77,25 +89,44 @@ def twelve(tmp_path: Path) -> ImageSet:
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The paths that were decoded, in the order in which it happened."""
-    paths: list[str] = []
-    really_open = ImageSet.open
+    """The names of the files that were read to be decoded, in the order in which it happened."""
+    names: list[str] = []
+    really_read = decoding.read_bytes
 
-    def spy(images: ImageSet, example: Example) -> Image.Image:
-        paths.append(example.path)
-        return really_open(images, example)
+    def spy(path: Path) -> bytes:
+        names.append(path.name)
+        return really_read(path)
 
-    monkeypatch.setattr(ImageSet, "open", spy)
-    return paths
+    monkeypatch.setattr(decoding, "read_bytes", spy)
+    return names
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files whose headers were read."""
+    names: list[str] = []
+    really_read = decoding.read_header
+
+    def spy(path: Path) -> Header:
+        names.append(path.name)
+        return really_read(path)
+
+    monkeypatch.setattr(decoding, "read_header", spy)
+    return names
 
 
 def stores(cache: Path) -> list[Path]:
-    return [p for p in cache.iterdir() if p.is_dir()]
+    return [p for p in cache.iterdir() if p.is_dir() and p.name.startswith("store-")]
 
 
 def litter(cache: Path) -> list[str]:
     """What lies in the cache besides whole stores and their locks."""
-    return [p.name for p in cache.iterdir() if not p.name.startswith("store-")]
+    return [p.name for p in cache.iterdir() if not p.name.startswith(("store-", "index-"))]
+
+
+def same_images(a: Store, b: Store) -> bool:
+    count = len(a.labels)
+    return count == len(b.labels) and all(torch.equal(a.image(i), b.image(i)) for i in range(count))
 
 
 @pytest.mark.parametrize(
@@ -110,9 +141,10 @@ def test_validation_pixels_are_torchvisions_own_to_the_last_bit(
 ) -> None:
     images = photos_of_all_shapes
     preprocessing = preprocessing_of(config_of(model, weights=weights.name), None)
+    store = open_store(images, preprocessing)
     batches = Batches(
-        open_store(images, preprocessing),
-        "val",
+        store,
+        InOrder(store, "val"),
         view=evaluation_view(preprocessing),
         preprocessing=preprocessing,
         batch_size=5,
@@ -133,10 +165,10 @@ def test_validation_pixels_are_torchvisions_own_to_the_last_bit(
 def test_every_stored_image_is_the_resized_file_whatever_the_chunks(
     interpolation: str, twelve: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "_CHUNK", 3)
+    monkeypatch.setattr(decoding, "CHUNK", 3)
     store = open_store(twelve, replace(SMALL, interpolation=interpolation))
     for i, example in enumerate(twelve.of("train", "val")):
-        resized = TF.resize(twelve.open(example), [20], TF.InterpolationMode(interpolation))
+        resized = TF.resize(open_image(twelve, example), [20], TF.InterpolationMode(interpolation))
         assert torch.equal(store.image(i), TF.pil_to_tensor(resized)), example.path
         assert min(store.image(i).shape[1:]) == 20
 
@@ -162,18 +194,19 @@ def test_writing_to_an_image_changes_neither_the_store_nor_its_file(
 
 def test_the_pixels_are_mapped_read_only(twelve: ImageSet) -> None:
     store = open_store(twelve, SMALL)
-    assert isinstance(store._pixels, np.memmap)
+    assert isinstance(store.pixels._pixels, np.memmap)
     with pytest.raises(ValueError, match="read-only"):
-        store._pixels[0] = 1
+        store.pixels._pixels[0] = 1
+    assert {oct(file.stat().st_mode & 0o777) for file in store.folder.iterdir()} == {"0o444"}
 
 
 def test_images_of_the_test_split_are_not_even_opened(
-    twelve: ImageSet, decoded: list[str], cache: Path
+    twelve: ImageSet, decoded: list[str], measured: list[str], cache: Path
 ) -> None:
     for example in twelve.of("test"):
         (twelve.root / example.path).write_text("not an image at all")
     store = open_store(twelve, SMALL)
-    assert sorted(decoded) == [e.path for e in twelve.of("train", "val")]
+    assert sorted(decoded) == sorted(measured) == [e.path for e in twelve.of("train", "val")]
     assert store.indices("train").tolist() == list(range(8))
     assert store.indices("val").tolist() == [8, 9]
     assert store.labels.tolist() == [0, 1] * 5
@@ -218,6 +251,11 @@ def test_a_changed_file_makes_a_new_store(twelve: ImageSet) -> None:
     noise((30, 30), seed=99).save(file)
     os.utime(file, (changed_at, changed_at))
     after = open_store(twelve, SMALL).image(4)
+    assert torch.equal(after, before)  # the run goes on with the images that it began with
+    now = file.stat()
+    changed = replace(twelve.examples[4], num_bytes=now.st_size, modified_ns=now.st_mtime_ns)
+    anew = replace(twelve, examples=(*twelve.examples[:4], changed, *twelve.examples[5:]))
+    after = open_store(anew, SMALL).image(4)
     assert not torch.equal(after, before)
     assert torch.equal(after, TF.pil_to_tensor(TF.resize(noise((30, 30), seed=99), [20])))
 
@@ -235,21 +273,21 @@ def test_the_same_names_in_another_folder_are_another_store(
             noise((24, 40), seed=50).save(other / example.path)
         else:
             (other / example.path).write_bytes(content)
-        os.utime(other / example.path, ns=(0, file.stat().st_mtime_ns))
-    theirs = ImageSet(other, twelve.classes, twelve.examples)
+    theirs = ImageSet(other, twelve.classes, twelve.examples)  # the same sizes and times, too
     assert not torch.equal(open_store(theirs, SMALL).image(0), before)
 
 
 OPEN_AT_ONCE = """
 import os, sys
 from pathlib import Path
-from tuneapp.data.examples import ImageSet
+from tuneapp.data import decoding
 from tuneapp.data.split import read_split
-from tuneapp.data.store import Preprocessing, open_store
+from tuneapp.data.split import require_usable, split, write_split
+from tuneapp.data.store import Preprocessing, Store, digest_files, open_store
 
 decoded = []
-really_open = ImageSet.open
-ImageSet.open = lambda images, e: decoded.append(e.path) or really_open(images, e)
+really_decode = decoding.decode
+decoding.decode = lambda content: decoded.append(1) or really_decode(content)
 images = read_split(Path(sys.argv[1]), Path(sys.argv[2]), ["even", "odd"])
 hold, go = os.pipe()
 children = []
@@ -294,26 +332,84 @@ def test_two_processes_at_once_decode_each_image_once(tmp_path: Path, cache: Pat
     assert litter(cache) == []
 
 
-def test_all_unreadable_images_are_named_and_nothing_is_left(twelve: ImageSet, cache: Path) -> None:
-    names = ["01.png", "05.png", "09.png"]
-    for name in names:
-        (twelve.root / name).write_bytes(b"\x89PNG but no more")
-    with pytest.raises(DataError, match=r"^3 of 10 images") as caught:
-        open_store(twelve, SMALL)
-    assert all(name in str(caught.value) for name in names)
-    assert stores(cache) == []
+def test_unreadable_images_are_recorded_and_end_nothing(twelve: ImageSet, cache: Path) -> None:
+    spoilt = {"01.png": b"\x89PNG but no more", "05.png": b"", "09.png": b"%PDF-1.7"}
+    for name, content in spoilt.items():
+        (twelve.root / name).write_bytes(content)
+    store = open_store(twelve, SMALL)
+    causes = {1: "is not an image", 5: "is empty: 0 bytes", 9: "is not an image, but a PDF"}
+    assert store.causes == causes
+    assert np.flatnonzero(store.bad).tolist() == [1, 5, 9]
+    assert store.indices("train").tolist() == [0, 2, 3, 4, 6, 7]
+    assert store.bad_indices("train").tolist() == [1, 5]
+    assert store.indices("val").tolist() == [8]
+    assert store.bad_indices("val").tolist() == [9]
     assert litter(cache) == []
+
+
+def test_the_stamped_set_has_every_cause_and_the_digest_of_every_content(twelve: ImageSet) -> None:
+    (twelve.root / "01.png").write_bytes(b"\x89PNG but no more")
+    (twelve.root / "05.png").write_bytes(b"")
+    stamped = digest_files(open_store(twelve, SMALL).stamped(twelve), "test")
+    assert [e.path for e in stamped.examples] == [e.path for e in twelve.examples]
+    for e in stamped.examples:
+        content = (twelve.root / e.path).read_bytes()
+        wanted = blake2b(content, digest_size=16).hexdigest() if content else ""
+        assert e.digest == wanted, e.path
+    bad = {e.path: e.bad for e in stamped.examples if e.bad}
+    assert bad == {"01.png": "is not an image", "05.png": "is empty: 0 bytes"}
+    without = [replace(e, digest="", bad="") for e in stamped.examples]
+    assert tuple(without) == twelve.examples
+    assert stamped.counts("train") == [4, 2]
+
+
+def test_what_another_preprocessing_cannot_use_is_bad_in_this_store_too(twelve: ImageSet) -> None:
+    examples = tuple(
+        replace(e, bad="is a strip") if e.path in ("03.png", "11.png") else e
+        for e in twelve.examples
+    )
+    store = open_store(replace(twelve, examples=examples), SMALL)
+    assert store.causes == {}
+    assert store.bad_indices("train").tolist() == [3]
+    assert 3 not in store.indices("train")
+
+
+def test_one_unreadable_image_is_an_error_only_where_it_is_asked_to_be(twelve: ImageSet) -> None:
+    (twelve.root / "02.png").write_text("no image")
+    stamped = open_store(twelve, SMALL).stamped(twelve)
+    require_usable(stamped)
+    strict = replace(stamped, data=Data(source="x", bad_images="error"))
+    with pytest.raises(DataError, match=r"^1 of 12 images cannot be read: 02\.png is not an image"):
+        require_usable(strict)
+
+
+def test_a_class_that_is_gone_with_its_unreadable_images_is_named(twelve: ImageSet) -> None:
+    (twelve.root / "09.png").write_text("no image")
+    with pytest.raises(
+        DataError, match=r"^without the 1 images .*09\.png.*no image of odd.* in val"
+    ):
+        require_usable(open_store(twelve, SMALL).stamped(twelve))
+
+
+def test_a_set_without_one_readable_image_is_told_and_not_a_crash(twelve: ImageSet) -> None:
+    for example in twelve.examples:
+        (twelve.root / example.path).write_text("no image")
+    store = open_store(twelve, SMALL)
+    assert store.bad.all()
+    with pytest.raises(DataError, match="without the 10 images that cannot be read"):
+        require_usable(store.stamped(twelve))
 
 
 def full_disk(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@pytest.mark.parametrize("fails", [(os, "fsync"), (os, "pwrite"), (np, "save")])
 def test_a_full_disk_is_told_with_the_way_out_and_nothing_is_left(
-    twelve: ImageSet, cache: Path, monkeypatch: pytest.MonkeyPatch
+    fails: tuple[object, str], twelve: ImageSet, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full_disk)
+        patch.setattr(*fails, full_disk)
         with pytest.raises(DataError, match=r"No space left .* TUNEAPP_CACHE"):
             open_store(twelve, SMALL)
     assert stores(cache) == []
@@ -325,26 +421,26 @@ def test_a_full_disk_is_told_with_the_way_out_and_nothing_is_left(
 def test_an_interrupted_making_leaves_nothing_and_the_next_one_succeeds(
     fails: str, twelve: ImageSet, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    really_open = ImageSet.open
+    really_read = decoding.read_bytes
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    def open_some(images: ImageSet, example: Example) -> Image.Image:
-        if example.path == "06.png":
+    def read_some(path: Path) -> bytes:
+        if path.name == "06.png":
             interrupt()
-        return really_open(images, example)
+        return really_read(path)
 
     with monkeypatch.context() as patch:
         if fails == "decoding":
-            patch.setattr(ImageSet, "open", open_some)
+            patch.setattr(decoding, "read_bytes", read_some)
         else:
             patch.setattr(Path, "replace", interrupt)
         with pytest.raises(KeyboardInterrupt):
             open_store(twelve, SMALL)
     assert stores(cache) == []
     assert litter(cache) == []
-    wanted = TF.pil_to_tensor(TF.resize(twelve.open(twelve.examples[7]), [20]))
+    wanted = TF.pil_to_tensor(TF.resize(open_image(twelve, twelve.examples[7]), [20]))
     assert torch.equal(open_store(twelve, SMALL).image(7), wanted)
 
 
@@ -372,9 +468,393 @@ def test_the_cache_lies_where_the_environment_says(
     assert cache_dir() == Path(wanted.format(home=home))
 
 
-def test_an_image_that_has_gone_is_named(make_photos: Callable[..., Path], tmp_path: Path) -> None:
+def test_an_image_that_has_gone_is_recorded_by_its_cause(
+    make_photos: Callable[..., Path], tmp_path: Path
+) -> None:
     images = read_images(Data(source=str(make_photos(tmp_path / "photos"))), seed=0)
     (gone,) = images.of("train")[:1]
     (tmp_path / "photos" / gone.path).unlink()
-    with pytest.raises(DataError, match=gone.path):
-        open_store(images, Preprocessing(32, 32, "bilinear", (0.5,) * 3, (0.5,) * 3))
+    store = open_store(images, SMALL)
+    index = [e.path for e in images.of("train", "val")].index(gone.path)
+    assert store.causes == {index: "cannot be read: No such file or directory"}
+
+
+# --- Broken images change nothing of the others ---------------------------------------------------
+
+
+def spoil(file: Path, how: int) -> None:
+    content = file.read_bytes()
+    file.write_bytes([content[: len(content) // 2], b"", b"text", content[:20]][how % 4])
+
+
+def many_photos(root: Path) -> Path:
+    for i in range(200):
+        folder = root / ("even" if i % 2 == 0 else "odd")
+        folder.mkdir(parents=True, exist_ok=True)
+        noise((24 + i % 5, 24 + i % 7), seed=i).save(folder / f"{i:03d}.png")
+    return root
+
+
+@pytest.mark.parametrize("num_broken", [2, 20])
+def test_broken_images_change_neither_the_split_nor_the_place_or_view_of_any_other(
+    num_broken: int, tmp_path: Path
+) -> None:
+    clean_root = many_photos(tmp_path / "clean")
+    broken_root = Path(shutil.copytree(clean_root, tmp_path / "broken"))
+    files = sorted(broken_root.rglob("*.png"))
+    chosen = np.random.default_rng(num_broken).choice(len(files), num_broken, replace=False)
+    for number, position in enumerate(chosen.tolist()):
+        spoil(files[position], number)
+    broken = {files[position].relative_to(broken_root).as_posix() for position in chosen}
+
+    clean, spoilt = (
+        read_images(Data(source=str(root)), seed=3) for root in (clean_root, broken_root)
+    )
+    assert [(e.path, e.label, e.split) for e in spoilt.examples] == [
+        (e.path, e.label, e.split) for e in clean.examples
+    ]
+    first, second = open_store(clean, SMALL), open_store(spoilt, SMALL)
+    used = [e.path for e in clean.of("train", "val")]
+    assert {used[i] for i in second.causes} == broken & set(used)
+    assert second.causes
+    readable = [i for i, path in enumerate(used) if path not in broken]
+    assert all(torch.equal(first.image(i), second.image(i)) for i in readable)
+    assert torch.equal(first.labels, second.labels)
+    draws = [Shuffled(store, config_of(), seed=5).draw(2) for store in (first, second)]
+    keys = [dict(zip(d.indices.tolist(), d.seeds.tolist(), strict=True)) for d in draws]
+    assert keys[1] == {i: seed for i, seed in keys[0].items() if i not in second.causes}
+    view = training_view("strong", SMALL)
+    for index, seed in itertools.islice(keys[1].items(), 30):
+        views = [KeyedViews(store.pixels, view)[index, seed] for store in (first, second)]
+        assert torch.equal(*views)
+
+
+# --- Budgets --------------------------------------------------------------------------------------
+
+
+def bytes_of(images: ImageSet) -> int:
+    """What the pixels of a store take, from the sizes that torchvision makes."""
+    resized = [TF.resize(open_image(images, e), [20]) for e in images.of("train", "val")]
+    return sum(image.width * image.height * 3 for image in resized)
+
+
+def test_a_set_that_does_not_fit_the_budget_is_streamed_with_the_same_pixels(
+    twelve: ImageSet, cache: Path
+) -> None:
+    needed = bytes_of(twelve)
+    streamed = open_store(twelve, SMALL, needed - 1)
+    assert streamed.is_streamed
+    assert [p.name[:6] for p in cache.iterdir() if p.is_dir()] == ["index-"]
+    stored = open_store(twelve, SMALL, needed)
+    assert not stored.is_streamed
+    assert same_images(streamed, stored)
+    assert torch.equal(streamed.labels, stored.labels)
+    assert (stored.folder / "pixels.bin").stat().st_size == needed
+
+
+def test_an_index_knows_what_cannot_be_read_and_is_used_again(
+    twelve: ImageSet, decoded: list[str], measured: list[str]
+) -> None:
+    content = (twelve.root / "04.png").read_bytes()
+    (twelve.root / "04.png").write_bytes(content[: len(content) // 2])
+    first = open_store(twelve, SMALL, budget=10)
+    assert list(first.causes) == [4]
+    assert len(decoded) == len(measured) == 10
+    second = open_store(twelve, SMALL, budget=10)
+    assert len(decoded) == len(measured) == 10
+    assert second.is_streamed
+    assert second.causes == first.causes
+    assert second.stamped(twelve) == first.stamped(twelve)
+
+
+def test_an_index_is_no_copy_of_the_pixels(twelve: ImageSet, cache: Path) -> None:
+    store = open_store(twelve, SMALL, budget=0)
+    assert sorted(p.name for p in store.folder.iterdir()) == [
+        "bad.json",
+        "digests.npy",
+        "shapes.npy",
+    ]
+    shapes = np.load(store.folder / "shapes.npy")
+    assert shapes.tolist() == [list(store.image(i).shape[1:]) for i in range(10)]
+
+
+def test_a_streamed_image_that_has_gone_is_named(twelve: ImageSet) -> None:
+    store = open_store(twelve, SMALL, budget=0)
+    (twelve.root / "03.png").unlink()
+    with pytest.raises(DataError, match=r"twelve/03\.png cannot be read: No such file"):
+        store.image(3)
+
+
+def aged(folder: Path, hours: float) -> Path:
+    long_ago = time.time() - 3600 * hours
+    os.utime(folder, (long_ago, long_ago))
+    return folder
+
+
+def test_idle_stores_make_room_oldest_first_and_used_ones_stay(
+    twelve: ImageSet, cache: Path
+) -> None:
+    sizes = {short_side: replace(SMALL, resize_size=short_side) for short_side in (20, 21, 22, 23)}
+    folders = {side: open_store(twelve, sizes[side]).folder for side in (20, 21, 22)}
+    aged(folders[20], 30)
+    aged(folders[21], 50)
+    aged(folders[22], 23)
+    taken = {side: (f / "pixels.bin").stat().st_size for side, f in folders.items()}
+    # Room for all but one of them besides the new one: the one idle for longest goes.
+    probe = open_store(twelve, sizes[23], budget=0)
+    needed = int(np.load(probe.folder / "shapes.npy").prod(axis=1).sum() * 3)
+    new = open_store(twelve, sizes[23], budget=taken[20] + taken[22] + needed)
+    assert not new.is_streamed
+    assert set(stores(cache)) == {folders[20], folders[22], new.folder}
+
+    # Those used within a day stay, and what has no room beside them is streamed.
+    other = open_store(twelve, sizes[21], budget=taken[22] + needed + taken[21] - 1)
+    assert other.is_streamed
+    assert set(stores(cache)) == {folders[20], folders[22], new.folder}
+    last = open_store(twelve, sizes[21], budget=taken[22] + needed + taken[21])
+    assert not last.is_streamed
+    assert set(stores(cache)) == {folders[22], new.folder, last.folder}
+
+
+def test_opening_a_store_makes_it_used(twelve: ImageSet, cache: Path) -> None:
+    folder = aged(open_store(twelve, SMALL).folder, 100)
+    open_store(twelve, SMALL)
+    assert open_store(twelve, replace(SMALL, resize_size=24), budget=0).is_streamed
+    assert stores(cache) == [folder]
+
+
+def test_without_a_budget_a_set_may_take_half_of_what_is_free(
+    twelve: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = bytes_of(twelve)
+    for free, is_streamed in ((2 * needed - 2, True), (2 * needed, False)):
+        usage = SimpleNamespace(free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
+        assert open_store(twelve, SMALL).is_streamed == is_streamed
+
+
+# --- Labels and sources ---------------------------------------------------------------------------
+
+
+def test_several_labels_of_an_image_are_ones_in_its_row(twelve: ImageSet) -> None:
+    labels = [(0, 2), (), (1,), (0, 1, 2), (2,), (0,), (1, 2), (), (0,), (1,), (2,), (0,)]
+    examples = tuple(
+        replace(e, label=shown) for e, shown in zip(twelve.examples, labels, strict=True)
+    )
+    images = ImageSet(twelve.root, ("a", "b", "c"), examples, is_multilabel=True)
+    store = open_store(images, SMALL)
+    assert store.labels.dtype == torch.float32
+    assert store.labels.tolist() == [[float(c in shown) for c in range(3)] for shown in labels[:10]]
+
+
+def test_the_weights_of_examples_are_those_of_the_set(twelve: ImageSet) -> None:
+    weights = [0.0, 0.5, *range(2, 12)]
+    examples = tuple(replace(e, weight=w) for e, w in zip(twelve.examples, weights, strict=True))
+    assert open_store(replace(twelve, examples=examples), SMALL).weights.tolist() == weights[:10]
+
+
+@pytest.mark.parametrize("budget", [None, 3000])
+def test_the_embedded_scans_are_stored_or_streamed_alike(budget: int | None, cache: Path) -> None:
+    images = split(
+        ImageSet(
+            None,
+            tuple("0123456789"),
+            tuple(Example(f"{i:04d}.png", i % 10, "train", 0) for i in range(100)),
+        ),
+        seed=0,
+    )
+    store = open_store(images, SMALL, budget)
+    assert store.is_streamed == (budget is not None)
+    for i, example in enumerate(images.of("train", "val")):
+        wanted = TF.pil_to_tensor(TF.resize(open_image(images, example), [20]))
+        assert torch.equal(store.image(i), wanted)
+    assert not store.bad.any()
+    assert litter(cache) == []
+
+
+OWN_DATA = """
+import numpy as np
+from PIL import Image
+
+class Photos:
+    targets = [0, 1] * 10
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        if index == 4:
+            raise OSError("disk error")
+        if index == 7:
+            return np.zeros((3, 3), dtype=np.float32), 1
+        shade = np.full((20 + index, 30, 3), SHADE + index, dtype=np.uint8)
+        return (Image.fromarray(shade) if index % 2 else shade), index % 2
+
+def photos():
+    return Photos()
+"""
+
+
+@pytest.mark.parametrize("budget", [None, 3000])
+def test_what_a_dataset_gives_is_stored_or_streamed_and_its_bad_examples_recorded(
+    budget: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_photos.py").write_text(f"SHADE = 100\n{OWN_DATA}")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_photos", raising=False)
+    reading._opener.cache_clear()
+    images = read_images(Data(source="own_photos:photos"), seed=0)
+    told: list[tuple[str, int, int]] = []
+    store = open_store(images, SMALL, budget, lambda *words: told.append(words))
+    assert store.is_streamed == (budget is not None)
+    used = images.of("train", "val")
+    bad = {used[i].path[-2:]: cause for i, cause in store.causes.items()}
+    wanted = {
+        "04": "cannot be read: OSError: disk error (own_photos.py:14)",
+        "07": "is float32; a Dataset must give PIL images, or uint8 tensors or arrays",
+    }
+    assert bad == {p: c for p, c in wanted.items() if f"train/00000{p}" in {e.path for e in used}}
+    assert bad
+    for i in store.indices("train").tolist():
+        shade = 100 + int(used[i].path[-2:])
+        assert int(store.image(i).min()) == int(store.image(i).max()) == shade
+    stamped = store.stamped(images)
+    readable = [e for e in stamped.of("train", "val") if not e.bad]
+    assert len({e.digest for e in readable}) == len(readable)
+    assert {len(e.digest) for e in readable} == {32}
+    assert {total for _, _, total in told} == {len(used)}
+
+    # The same names with other pixels are another store.
+    (tmp_path / "own_photos.py").write_text(f"SHADE = 50\n{OWN_DATA}")
+    monkeypatch.delitem(sys.modules, "own_photos")
+    importlib.invalidate_caches()
+    reading._opener.cache_clear()
+    index = int(store.indices("train")[0])
+    anew = open_store(read_images(Data(source="own_photos:photos"), seed=0), SMALL, budget)
+    assert int(anew.image(index).max()) == 50 + int(used[index].path[-2:])
+    reading._opener.cache_clear()
+
+
+# --- Processes ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "PROCESSES_FROM", 10)
+    monkeypatch.setattr(decoding, "CHUNK", 4)
+
+
+def test_processes_make_the_store_that_threads_make(
+    twelve: ImageSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    content = (twelve.root / "04.png").read_bytes()
+    (twelve.root / "04.png").write_bytes(content[: len(content) // 2])
+    (twelve.root / "07.png").write_bytes(b"")
+    by_threads = open_store(twelve, SMALL).folder
+    request.getfixturevalue("with_processes")
+    monkeypatch.setenv("TUNEAPP_CACHE", str(tmp_path / "by_processes"))
+    executors = []
+    really = decoding._executor
+
+    def spy(num_files: int) -> Executor:
+        executors.append(really(num_files))
+        return executors[-1]
+
+    monkeypatch.setattr(decoding, "_executor", spy)
+    told: list[tuple[str, int, int]] = []
+    by_processes = open_store(twelve, SMALL, watch=lambda *words: told.append(words)).folder
+    assert {type(executor) for executor in executors} == {ProcessPoolExecutor}
+    assert by_processes.name == by_threads.name
+    for file in ("shapes.npy", "digests.npy", "bad.json", "pixels.bin"):
+        assert (by_processes / file).read_bytes() == (by_threads / file).read_bytes(), file
+    assert told[-1] == ("images decoded", 10, 10)
+    assert {what for what, _, _ in told} == {"images measured", "images decoded"}
+    for what in ("images measured", "images decoded"):
+        done = [count for said, count, _ in told if said == what]
+        assert done == sorted(done)
+        assert len(done) == 3
+
+
+def test_the_processes_that_decode_import_no_torch() -> None:
+    words = "import sys, tuneapp.data.decoding; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, timeout=50)
+    assert done.stdout == "False\n", done.stderr
+
+
+def test_ctrl_c_among_processes_leaves_none_of_them_and_no_file(
+    with_processes: None, twelve: ImageSet, cache: Path
+) -> None:
+    before = set(psutil.Process().children(recursive=True))
+    working: set[psutil.Process] = set()
+
+    def interrupt(what: str, done: int, total: int) -> None:
+        if what == "images decoded":
+            working.update(set(psutil.Process().children(recursive=True)) - before)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        open_store(twelve, SMALL, watch=interrupt)
+    workers = [p for p in working if not is_tracker(p)]
+    assert workers
+    assert psutil.wait_procs(workers, timeout=20)[1] == []
+    assert stores(cache) == litter(cache) == []
+
+
+def is_tracker(process: psutil.Process) -> bool:
+    """Whether it is multiprocessing's own helper, which lives as long as its process."""
+    try:
+        return "resource_tracker" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_what_a_killed_process_left_of_a_store_is_removed_when_it_is_made(
+    twelve: ImageSet, cache: Path
+) -> None:
+    folder = open_store(twelve, SMALL).folder
+    shutil.rmtree(folder)
+    half = cache / f".{folder.name}.abcd1234"
+    half.mkdir()
+    (half / "pixels.bin").write_bytes(b"half of it")
+    another = cache / ".store-0123456789abcdef0123.abcd1234"  # which may be being made just now
+    another.mkdir()
+    assert open_store(twelve, SMALL).folder == folder
+    assert litter(cache) == [another.name]
+
+
+# --- Files that change meanwhile ------------------------------------------------------------------
+
+
+def test_a_file_that_changed_between_listing_and_decoding_is_stamped_with_what_was_decoded(
+    twelve: ImageSet,
+) -> None:
+    noise((33, 21), seed=77).save(twelve.root / "02.png")
+    store = open_store(twelve, SMALL)
+    wanted = TF.pil_to_tensor(TF.resize(noise((33, 21), seed=77), [20]))
+    assert torch.equal(store.image(2), wanted)
+    stamped = store.stamped(twelve).examples[2]
+    content = (twelve.root / "02.png").read_bytes()
+    assert stamped.digest == blake2b(content, digest_size=16).hexdigest()
+
+
+def test_a_file_that_changes_its_size_while_it_is_decoded_is_left_out(
+    twelve: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really_read = decoding.read_bytes
+
+    def read_late(path: Path) -> bytes:
+        if path.name == "05.png":
+            noise((60, 21), seed=78).save(path)
+        return really_read(path)
+
+    monkeypatch.setattr(decoding, "read_bytes", read_late)
+    clean = [
+        torch.from_numpy(np.array(TF.resize(open_image(twelve, e), [20]))) for e in twelve.examples
+    ]
+    store = open_store(twelve, SMALL)
+    assert store.causes == {5: "is of another size than its header says"}
+    for i in (0, 1, 2, 3, 4, 6, 7, 8, 9):
+        assert torch.equal(store.image(i), clean[i].permute(2, 0, 1))

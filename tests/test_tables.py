@@ -211,6 +211,16 @@ def test_no_word_of_a_csv_is_taken_for_a_number_or_for_nothing(tmp_path: Path) -
     assert [e.group for e in images.examples] == columns["group"]
 
 
+def test_columns_of_numbers_only_stay_as_they_are_written(tmp_path: Path) -> None:
+    names = ["001", "01", "1.50", "1e3"]
+    add_images(tmp_path, names)
+    columns = {"path": names, "label": ["07", "7", "7", "8"], "group": ["1", "01", "1.0", "2"]}
+    images = read(write_csv(tmp_path / "t.csv", columns))
+    assert said(images) == dict(zip(names, columns["label"], strict=True))
+    assert images.classes == ("07", "7", "8")
+    assert [e.group for e in images.examples] == columns["group"]
+
+
 # --- Classes --------------------------------------------------------------------------------------
 
 
@@ -455,8 +465,8 @@ def test_a_missing_column_is_named_with_its_near_miss_and_the_way_out(tmp_path: 
 
 def test_a_missing_column_of_0_and_1_is_named(tmp_path: Path) -> None:
     file = write(tmp_path / "t.csv", {"path": NAMES, "sea": [1, 0, 1, 0], "sky": [0, 1, 0, 1]})
-    message = refusal(file, label_column=["sea", "skies", "sky"])
-    assert "no column 'skies' (label); did you mean 'sky'?" in message
+    message = refusal(file, label_column=["sea", "skys", "sky"])
+    assert "no column 'skys' (label); did you mean 'sky'?" in message
 
 
 def test_image_files_that_are_not_there_are_counted_and_the_first_is_named(tmp_path: Path) -> None:
@@ -512,6 +522,8 @@ def test_many_bad_rows_are_counted_and_the_first_three_named(tmp_path: Path) -> 
     add_images(tmp_path, names)
     file = write_csv(tmp_path / "t.csv", {"path": names, "label": ["x", *[""] * 8]})
     assert refusal(file).endswith("in 8 row(s): row 2, row 3, row 4 and 5 more")
+    write_csv(file, {"path": names, "label": ["x", *[""] * 3, *["x"] * 5]})
+    assert refusal(file).endswith("in 3 row(s): row 2, row 3, row 4")
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """The command line: the only place that prints, and that turns errors into exit codes.
 
-Exit codes: 0 done; 2 bad input; 3 done, but some trials failed; 4 no trial gave a result; 130 and
-143 ended by Ctrl-C and SIGTERM. Each command imports what it needs when it runs: `--help` needs
-neither torch nor Ray.
+Exit codes: 0 done; 1 `doctor` found something serious; 2 bad input; 3 done, but some trials failed;
+4 no trial gave a result; 130 and 143 ended by Ctrl-C and SIGTERM. Each command imports what it
+needs when it runs: `--help` needs neither torch nor Ray.
 """
 
 import contextlib
@@ -20,11 +20,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from tuneapp.bars import ProgressBars
-from tuneapp.config import RunSettings
+from tuneapp.config import Data, RunSettings
 from tuneapp.errors import ConfigError, TuneappError
 from tuneapp.options import (
     DataOptions,
     LoadingOptions,
+    SourceOptions,
     chosen_data,
     chosen_settings,
     expanded,
@@ -33,6 +34,7 @@ from tuneapp.options import (
 
 if TYPE_CHECKING:
     from tuneapp.display import Progress
+    from tuneapp.examination import Examination
     from tuneapp.records import TrialRecord
     from tuneapp.rundir import RunDir, RunRecord
     from tuneapp.space import SearchSpace
@@ -344,6 +346,8 @@ def _show_space(space: Path) -> int:
         )
     _say(f"{space}: {loaded.summary}\n")
     out.print(table)
+    if loaded.data != Data():
+        _say(f"\ndata: {loaded.data.source}")
     if loaded.first_trials:
         _say("\nrecipes, run first and in full:")
         for number, params in enumerate(loaded.first_trials, start=1):
@@ -463,6 +467,57 @@ def summary(
     return 0
 
 
+@_command
+def doctor(
+    data: SourceOptions,
+    seed: Seed = None,
+    output: Annotated[
+        Path, typer.Option(metavar="HTML", help="Where the page with all findings is written.")
+    ] = Path("doctor.html"),
+    exclusions: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE",
+            help="Where the list of images to leave out is written, if there are some; the other "
+            "commands take it as --exclude.",
+        ),
+    ] = Path("exclude.txt"),
+) -> int:
+    """Examine DATA before any training, and say what is wrong with it; nothing in it is changed.
+
+    Looks for unreadable files, classes that are tiny or missing in a split, duplicates and near
+    duplicates within and across splits, groups in several splits, blank images, odd names.
+
+    Exit code 0: nothing serious. 1: something that would spoil a training, or end it. 2: no data.
+    """
+    chosen = chosen_data(data, Data())
+
+    from tuneapp.doctor import examine
+    from tuneapp.doctor_page import write_page
+    from tuneapp.examination import next_command, require_writable, write_exclusions
+    from tuneapp.own import import_from
+
+    for flag, file in (("--output", output), ("--exclusions", exclusions)):
+        require_writable(flag, file, chosen)
+
+    import_from([str(Path.cwd())])
+    with _Show() as show:
+        found = examine(chosen, seed or 0, show.watch)
+    listed = exclusions if found.num_excluded else None
+    if listed:
+        unnamed = write_exclusions(listed, found)
+        if unnamed:
+            _warn(f"{unnamed} name(s) do not fit a line of {listed}; rename these files")
+    command = next_command(found, listed)
+    write_page(output, found, listed, command)
+    _print_examination(found)
+    _say(f"page      {output}")
+    if listed:
+        _say(f"exclude   {listed}: {found.num_excluded:,} image(s); look through it, then")
+    _say(f"next      {command}")
+    return 1 if found.is_serious else 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     # Before torch is loaded: its threads wait asleep and not spinning, or else a second busy
@@ -474,8 +529,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as end:  # how typer returns, from a wrong flag and from a command alike
         return end.code if isinstance(end.code, int) else 0
     except TuneappError as error:
-        words = f"tuneapp: error: {error}"
-        err.print(words, style="red", highlight=False, markup=False, soft_wrap=True)
+        _print_to(err, f"tuneapp: error: {error}", "red")
         return 2
     return 0
 
@@ -490,9 +544,7 @@ class _LogToStderr(logging.Handler):
         super().__init__(logging.WARNING)
 
     def emit(self, record: logging.LogRecord) -> None:
-        err.print(
-            self.format(record), style="yellow", highlight=False, markup=False, soft_wrap=True
-        )
+        _print_to(err, self.format(record), "yellow")
 
 
 class _Show:
@@ -533,12 +585,18 @@ class _Show:
         return self._stack.enter_context(progress)
 
 
+def _print_to(console: Console, line: str, style: str | None = None) -> None:
+    """Print a line as it is, but for what a terminal would obey: names of files can hold it."""
+    shown = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in line)
+    console.print(shown, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
 def _say(line: str) -> None:
-    out.print(line, highlight=False, markup=False, soft_wrap=True)
+    _print_to(out, line)
 
 
 def _warn(line: str) -> None:
-    err.print(f"warning   {line}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+    _print_to(err, f"warning   {line}", "yellow")
 
 
 def _read_space(path: Path) -> "SearchSpace":
@@ -648,7 +706,7 @@ def _finish_training(run: "RunDir") -> int:
 
 def _print_result(read: "Summary") -> None:
     """Print the table of trials, best first, and what it comes to."""
-    from tuneapp.display import bad_image_lines, result_lines, trials_table
+    from tuneapp.display import bad_image_lines, result_lines, trials_table, wait_line
 
     best = read.best
     _say("")
@@ -657,8 +715,10 @@ def _print_result(read: "Summary") -> None:
     _say("")
     for line in result_lines(read):
         _say(line)
+    waited, too_long = wait_line(read)
+    _print_to(*((err, waited, "yellow") if too_long else (out, waited)))
     for line in bad_image_lines(read):
-        err.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+        _print_to(err, line, "yellow")
     for warning in read.record.warnings:
         _warn(warning)
 
@@ -673,6 +733,20 @@ def _print_applied(read: "Summary") -> None:
     if shared:
         _say(f"all       {shared}")
     _say("")
+
+
+def _print_examination(found: "Examination") -> None:
+    """Print what a data set is, and a line for each finding, the serious ones in red."""
+    from tuneapp.examination import printable, summary_lines
+
+    for line in summary_lines(found):
+        _say(line)
+    for finding in found.findings:
+        mark, style = ("SERIOUS   ", "bold red") if finding.is_serious else ("finding   ", "yellow")
+        line = f"{mark}{finding.kind}: {printable(finding.words)}"
+        out.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
+    if not found.findings:
+        out.print("finding   none", style="green", highlight=False)
 
 
 if __name__ == "__main__":

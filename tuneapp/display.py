@@ -246,7 +246,7 @@ def result_lines(read: "Summary") -> list[str]:
     ]
     if read.best_recipe is not None:
         lines.append(_gain_line(read, row[metric]))
-    return [*lines, *_wait_lines(read), *_test_lines(read)]
+    return [*lines, *_test_lines(read)]
 
 
 def bad_image_lines(read: "Summary") -> list[str]:
@@ -277,18 +277,21 @@ def mean_wait(trial: TrialRecord) -> float:
     return sum(shares) / len(shares) if shares else 0.0
 
 
-def _wait_lines(read: "Summary") -> list[str]:
-    """Return how long trials waited for data, and the remedy where it was too long."""
-    longest = max((trial for trial in read.trials if trial.rows), key=mean_wait)
+def wait_line(read: "Summary") -> tuple[str, bool]:
+    """Return how long trials waited for data, with the remedy where it was too long: and if so."""
+    trained = [trial for trial in read.trials if trial.rows]
+    if not trained:
+        return "waiting   for data: not known, no trial has finished an epoch", False
+    longest = max(trained, key=mean_wait)
     share = mean_wait(longest)
     line = f"waiting   {longest.trial_id} waited for data during {share:.0%} of its training"
     if share <= MUCH_WAITING:
-        return [line]
+        return line, False
     workers = longest.applied.get("workers", 0)
     remedy = f"more --workers than {workers}, or a weaker augment"
     if longest.applied.get("images") == "streamed":
         remedy = f"a larger --store-budget, or more --workers than {workers}"
-    return [f"{line}, more than a fifth: try {remedy}"]
+    return f"{line}, more than a fifth: try {remedy}", True
 
 
 def _test_lines(read: "Summary") -> list[str]:

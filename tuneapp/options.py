@@ -76,6 +76,16 @@ class DataOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceOptions(DataOptions):
+    """The same, where the images are what the command is about: their source is an argument."""
+
+    data: Annotated[
+        str | None,
+        typer.Argument(metavar="DATA", help="Images, as --data of `sweep`; default: digits."),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoadingOptions:
     """How images come to the trials."""
 
@@ -104,7 +114,8 @@ def expanded(function: Callable[..., int]) -> Callable[..., int]:
     place of the group.
     """
     hints = typing.get_type_hints(function, include_extras=True)
-    groups = {name: kind for name, kind in hints.items() if kind in (DataOptions, LoadingOptions)}
+    kinds = (DataOptions, SourceOptions, LoadingOptions)
+    groups = {name: kind for name, kind in hints.items() if kind in kinds}
     shown: list[inspect.Parameter] = []
     for parameter in inspect.signature(function).parameters.values():
         group = groups.get(parameter.name)

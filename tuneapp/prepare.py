@@ -26,7 +26,14 @@ from tuneapp.data.split import (
     write_bad_images,
     write_split,
 )
-from tuneapp.data.store import Preprocessing, Store, Watch, digest_files, open_store
+from tuneapp.data.store import (
+    Preprocessing,
+    Store,
+    Watch,
+    digest_files,
+    open_store,
+    require_same_pixels,
+)
 from tuneapp.data.views import check_augment
 from tuneapp.errors import ConfigError, RunError, SpaceError
 from tuneapp.fit import check_image_size, check_model
@@ -307,6 +314,7 @@ def check_again(
     """
     images = read_run_images(run, record)
     require_unchanged(images)
+    require_same_pixels(images)
     require_same_code(record.code)
     for found in record.weights.values():
         require_same_weights(found)

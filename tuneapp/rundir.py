@@ -230,7 +230,7 @@ class log_to:  # noqa: N801 - used as a `with` statement only
     """Write the log of `tuneapp` to a file, too."""
 
     def __init__(self, file: Path) -> None:
-        self._handler = logging.FileHandler(file, encoding="utf-8")
+        self._handler = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace")
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self._log = logging.getLogger("tuneapp")
 

@@ -14,8 +14,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 
@@ -51,6 +53,7 @@ log = logging.getLogger(__name__)
 
 MEMORY_PER_TRIAL_BYTES = 2 * 2**30
 """Room for torch (about 1 GB in a process), a network and its batches."""
+START_ATTEMPTS = 3
 OBJECT_STORE_BYTES = 128 * 2**20
 """Ray's shared memory: nothing large goes through it."""
 
@@ -312,16 +315,19 @@ def _ray(record: RunRecord, dashboard_host: str | None) -> Iterator[Path]:
     scratch = Path(tempfile.mkdtemp(prefix="tuneapp-"))
     gpus = record.gpus_per_trial
     try:
-        context = ray.init(
-            address="local",
-            num_cpus=record.concurrent * record.cpus_per_trial,
-            num_gpus=torch.cuda.device_count() if gpus else 0,
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=dashboard_host is not None,
-            dashboard_host=dashboard_host or "127.0.0.1",
-            logging_level=logging.CRITICAL,
-            log_to_driver=False,
-            _temp_dir=str(scratch / "ray"),
+        context = _patiently(
+            partial(
+                ray.init,
+                address="local",
+                num_cpus=record.concurrent * record.cpus_per_trial,
+                num_gpus=torch.cuda.device_count() if gpus else 0,
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=dashboard_host is not None,
+                dashboard_host=dashboard_host or "127.0.0.1",
+                logging_level=logging.CRITICAL,
+                log_to_driver=False,
+                _temp_dir=str(scratch / "ray"),
+            )
         )
         if _TOKEN.exists():
             _TOKEN.chmod(0o600)  # Ray leaves it readable to others; it lets one run code as us
@@ -332,6 +338,19 @@ def _ray(record: RunRecord, dashboard_host: str | None) -> Iterator[Path]:
     finally:
         ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _patiently(start: Callable[[], Any]) -> Any:
+    """Start Ray; on a machine so busy that it takes longer than Ray's 30 seconds, again."""
+    for attempt in range(START_ATTEMPTS):
+        try:
+            return start()
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+            log.warning("Ray did not start within 30 s (attempt %d)", attempt + 1)
+            ray.shutdown()
+    raise TuneappError("Ray could not start: the machine is too busy; try again when it is less so")
 
 
 @contextlib.contextmanager

@@ -160,7 +160,8 @@ def _open_batches(
 ) -> tuple[Batches, Batches]:
     """Return the batches of the training and of the validation set."""
     settings = run.settings
-    store = open_store(run.images, preprocessing, settings.store_budget)
+    budget = settings.store_budget
+    store = open_store(run.images, preprocessing, budget, accept_index=True)
     workers = choose_workers(settings, store, run.num_threads)
     substitute = settings.data.bad_images == "substitute"
     train = Batches(

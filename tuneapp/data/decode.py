@@ -99,18 +99,14 @@ def read_header(path: Path) -> Header:
         if path.stat().st_size == 0:
             raise Unreadable("is empty: 0 bytes")
         with path.open("rb") as file, _opened(file) as image:
-            # Not `getexif()`, which decodes a whole PNG to look for EXIF behind its pixels.
-            exif = Image.Exif()
-            exif.load(image.info.get("exif", b""))
-            orientation = exif.get(ExifTags.Base.Orientation, 1)
-            if image.format == "TIFF":
-                orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+            orientation = _orientation(image)
             width, height = image.size
-            if orientation in _TURNED:
+            if orientation in _TURNED and image.format != "TIFF":  # which Pillow opens turned
                 width, height = height, width
-            is_animated = bool(getattr(image, "is_animated", False))
             is_turned = orientation in range(2, 9)
-            return Header(width, height, str(image.format), image.mode, is_turned, is_animated)
+            return Header(
+                width, height, str(image.format), image.mode, is_turned, _is_animated(image)
+            )
     except OSError as error:
         raise Unreadable(f"cannot be read: {error.strerror or error}") from None
 
@@ -123,7 +119,12 @@ def decode(content: bytes) -> Image.Image:
     """
     with _opened(io.BytesIO(content)) as image:
         image.load()
-        ImageOps.exif_transpose(image, in_place=True)
+        try:
+            ImageOps.exif_transpose(image, in_place=True)
+        except MemoryError:
+            raise
+        except Exception:  # damaged EXIF turns nothing; the pixels are whole
+            pass
         return to_rgb(image)
 
 
@@ -209,6 +210,26 @@ def _opened(file: BinaryIO) -> Iterator[Image.Image]:
         except Exception as error:  # plugins raise nearly anything for damaged files
             first_line = str(error).strip().split("\n")[0]
             raise Unreadable(f"cannot be decoded: {first_line or type(error).__name__}") from None
+
+
+def _orientation(image: Image.Image) -> object:
+    """Return how EXIF turns an image that is not decoded yet; damaged EXIF turns nothing."""
+    try:
+        if image.format == "TIFF":
+            return image.getexif().get(ExifTags.Base.Orientation, 1)
+        # Not `getexif()`, which decodes a whole PNG to look for EXIF behind its pixels.
+        exif = Image.Exif()
+        exif.load(image.info.get("exif", b""))
+        return exif.get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        return 1
+
+
+def _is_animated(image: Image.Image) -> bool:
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:  # a damaged second frame; the first one counts
+        return True
 
 
 def _high_byte(pixels: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:

@@ -83,7 +83,9 @@ def describe_bad(images: ImageSet) -> str:
         if policy == "substitute"
         else "they are left out"
     )
-    return "\n".join([f"{len(bad)} images cannot be read ({counted}); {fate}:", "", *lines])
+    text = "\n".join([f"{len(bad)} images cannot be read ({counted}); {fate}:", "", *lines])
+    # Names of files need not be text, and TensorBoard takes nothing else.
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _skipped(images: ImageSet) -> Iterable[Finding]:
@@ -178,11 +180,12 @@ def duplicate_findings(groups: Sequence[Sequence[Example]], how: str) -> Iterabl
     """
     conflicting = [g for g in groups if len({e.labels for e in g}) > 1]
     rest = [g for g in groups if len({e.labels for e in g}) == 1]
-    across = [g for g in rest if len({e.split for e in g}) > 1]
-    within = [g for g in rest if len({e.split for e in g}) == 1]
+    # Folds are sides, too: each is what the others are validated on.
+    across = [g for g in rest if len({(e.split, e.fold) for e in g}) > 1]
+    within = [g for g in rest if len({(e.split, e.fold) for e in g}) == 1]
     kinds = (
         ("labels that contradict", True, conflicting, "different labels"),
-        ("duplicates across splits", True, across, "different splits"),
+        ("duplicates across splits", True, across, "different splits or folds"),
         ("duplicates", False, within, "one split"),
     )
     for kind, is_serious, of_kind, where in kinds:
@@ -203,9 +206,16 @@ def duplicate_findings(groups: Sequence[Sequence[Example]], how: str) -> Iterabl
             )
 
 
+def kept_first(example: Example) -> tuple[int, str]:
+    """Return by what the same images are sorted, the one that is kept first.
+
+    A test split is the smallest and must not shrink; then comes the validation split.
+    """
+    return ("test", "val", "train").index(example.split), example.path
+
+
 def _all_but_one(group: Sequence[Example]) -> list[Example]:
-    order = ("test", "val", "train")
-    return sorted(group, key=lambda e: (order.index(e.split), e.path))[1:]
+    return sorted(group, key=kept_first)[1:]
 
 
 def _same(paths: Sequence[str], keys: Mapping[str, str]) -> list[list[str]]:

@@ -191,6 +191,7 @@ def open_store(
     preprocessing: Preprocessing,
     budget: int | None = None,
     watch: Watch = lambda what, done, total: None,
+    accept_index: bool = False,
 ) -> Store:
     """Return the store of these images at this size, making it if this machine has none yet.
 
@@ -202,6 +203,8 @@ def open_store(
         budget: bytes that all stores of this machine may take together; if these images would
             not fit, they are streamed. None is half of the disk's free space.
         watch: told how far it is.
+        accept_index: stream where that was decided before, even if there is room by now: a trial
+            takes what its sweep began with.
 
     Raises:
         DataError: the disk is full or cannot be written.
@@ -209,7 +212,8 @@ def open_store(
     key = _key(images, preprocessing)
     stored, indexed = (cache_dir() / f"{kind}-{key}" for kind in ("store", "index"))
     try:
-        folder = _existing(stored, indexed, budget)
+        folder = indexed if accept_index and indexed.is_dir() else None
+        folder = folder or _existing(stored, indexed, budget)
         if folder is None:
             cache_dir().mkdir(parents=True, exist_ok=True)
             with FileLock(cache_dir() / f"store-{key}.lock"):
@@ -289,9 +293,29 @@ def _key(images: ImageSet, preprocessing: Preprocessing) -> str:
     for e in examples:
         said.update(f"{e.path!r} {e.num_bytes} {e.modified_ns}\n".encode())
     if images.data.is_dataset:
-        for e in examples[:: max(1, len(examples) // _PROBES)]:
+        for e in _probes(examples):
             said.update((e.digest or _pixel_digest(images, e)).encode())
     return said.hexdigest()[:20]
+
+
+def require_same_pixels(images: ImageSet) -> None:
+    """Check, by some images of it, that a Dataset gives what it gave when the run began.
+
+    Raises:
+        DataError: it does not; the message names the first example.
+    """
+    if not images.data.is_dataset:
+        return
+    for example in _probes(images.of(*USED)):
+        if example.digest and _pixel_digest(images, example) != example.digest:
+            raise DataError(
+                f"{images.name_of(example)} is another image than when this run began; restore "
+                "the data, or begin a new run"
+            )
+
+
+def _probes(examples: Sequence[Example]) -> Sequence[Example]:
+    return examples[:: max(1, len(examples) // _PROBES)]
 
 
 def _pixel_digest(images: ImageSet, example: Example) -> str:
@@ -333,8 +357,6 @@ def _make(
         for file in aside.iterdir():
             file.chmod(0o444)  # nobody is to write to what all share
         folder = stored if pixels.exists() else indexed
-        if folder.exists():  # an index, of an earlier and larger budget's time
-            shutil.rmtree(folder)
         aside.chmod(0o755)
         aside.replace(folder)
     finally:

@@ -1,0 +1,160 @@
+"""How fast a data set is decoded, by threads and by processes; what a trial then waits for.
+
+    python benchmarks/decoding.py [--files 4000] [--pixels 64] [--store 100000]
+
+Writes that many small JPEG files of noise into a temporary folder and decodes them alternately with
+threads and with processes, on all cores. Prints medians of the rates as ratios to one thread, the
+cores that were kept busy (CPU seconds per second), then what a view costs from the store and by
+decoding the file. With `--store N` it makes the store of N files once, and says how busy the cores
+and how large the largest process were.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tuneapp.config import Data
+from tuneapp.data import decoding
+from tuneapp.data.decoding import Task, decode_chunk, in_parallel
+from tuneapp.data.source import read_images
+from tuneapp.data.store import Preprocessing, Store, StreamedPixels, open_store
+
+ROUNDS = 5
+SHORT_SIDE = 48
+SEEN = Preprocessing(SHORT_SIDE, 40, "bilinear", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+
+
+def make_files(folder: Path, count: int, pixels: int) -> list[str]:
+    """Write JPEG files of noise in two class folders; return their paths."""
+    random = np.random.default_rng(0)
+    drawn = [random.integers(0, 256, (pixels, pixels + 16, 3), dtype=np.uint8) for _ in range(64)]
+    files = []
+    for index in range(count):
+        place = folder / "ab"[index % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        shifted = np.roll(drawn[index % 64], index // 64, axis=0)
+        file = place / f"{index:07d}.jpg"
+        Image.fromarray(shifted).save(file, quality=90)
+        files.append(str(file))
+    return files
+
+
+def cpu_seconds() -> float:
+    """Return the CPU time of this process and of its children that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def timed(executor: Callable[[int], Executor], files: list[str]) -> tuple[float, float]:
+    """Return files per second and cores kept busy."""
+    shape = [SHORT_SIDE, int(SHORT_SIDE * (64 + 16) / 64)]
+
+    def task(start: int, part: list[str]) -> tuple[Task]:
+        return (Task(part, [shape] * len(part), [0] * len(part), SHORT_SIDE, "bilinear", None),)
+
+    decoding._executor = executor
+    start, cpu = time.perf_counter(), cpu_seconds()
+    in_parallel(decode_chunk, files, task, lambda index, result: None, lambda done: None)
+    seconds = time.perf_counter() - start
+    return len(files) / seconds, (cpu_seconds() - cpu) / seconds
+
+
+def compare(files: list[str]) -> None:
+    """Print what each way of decoding makes of the cores."""
+    cores = len(os.sched_getaffinity(0))
+    spawn = get_context("spawn")
+    ways: dict[str, Callable[[int], Executor]] = {
+        "one thread": lambda count: ThreadPoolExecutor(1),
+        f"{cores} threads": lambda count: ThreadPoolExecutor(cores),
+        f"{cores} processes": lambda count: ProcessPoolExecutor(cores, mp_context=spawn),
+    }
+    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for _ in range(ROUNDS):
+        for name, executor in ways.items():
+            seen[name].append(timed(executor, files))
+    base = [rate for rate, _ in seen["one thread"]]
+    for name, pairs in seen.items():
+        ratios = [rate / by for (rate, _), by in zip(pairs, base, strict=True)]
+        busy = statistics.median(cores_busy for _, cores_busy in pairs)
+        print(
+            f"{name:<14} {statistics.median(ratios):5.2f} x one thread "
+            f"({min(ratios):.2f}-{max(ratios):.2f}), {busy:.2f} cores busy"
+        )
+
+
+def compare_views(store: Store, streamed: StreamedPixels) -> None:
+    """Print what it costs to read an image from the store, and to decode it."""
+    ratios = []
+    for _ in range(ROUNDS):
+        seconds = []
+        for pixels in (store.pixels, streamed):
+            start = time.perf_counter()
+            for index in range(500):
+                pixels.image(index)
+            seconds.append(time.perf_counter() - start)
+        ratios.append(seconds[1] / seconds[0])
+    print(f"decoding an image takes {statistics.median(ratios):.1f} x reading it from the store")
+
+
+def main() -> None:
+    """Run the measurements."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--files", type=int, default=4000)
+    parser.add_argument("--pixels", type=int, default=64)
+    parser.add_argument("--store", type=int, default=0)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ["TUNEAPP_CACHE"] = f"{scratch}/cache"
+        if asked.store:
+            make_one_store(Path(scratch), asked.store, asked.pixels)
+            return
+        files = make_files(Path(scratch) / "files", asked.files, asked.pixels)
+        print(f"{len(files)} files of {asked.pixels} pixels, {ROUNDS} rounds, medians")
+        compare(files)
+        images = read_images(Data(source=f"{scratch}/files"), seed=0)
+        compare_views(open_store(images, SEEN), StreamedPixels(images, SEEN))
+
+
+_STORE = """
+import os, resource, sys, time
+from tuneapp.config import Data
+from tuneapp.data.source import read_images
+from tuneapp.data.store import Preprocessing, open_store
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+t = os.times()
+USED = t.user + t.system
+start = time.perf_counter()
+images = read_images(Data(source=sys.argv[1]), seed=0)
+listed = time.perf_counter() - start
+open_store(images, Preprocessing(48, 40, "bilinear", (0.5,) * 3, (0.2,) * 3))
+seconds = time.perf_counter() - start
+t = os.times()
+largest = [resource.getrusage(who).ru_maxrss / 1024 for who in (0, -1)]
+print(f"listed and split in {listed:.1f} s, all in {seconds:.1f} s, "
+      f"{len(images.examples) / seconds:.0f} files/s; "
+      f"this process {largest[0]:.0f} MB ({before:.0f} MB before), largest worker {largest[1]:.0f} MB")
+used = t.children_user + t.children_system + t.user + t.system
+print(f"{(used - USED) / seconds:.2f} cores busy")
+"""
+
+
+def make_one_store(scratch: Path, count: int, pixels: int) -> None:
+    """Make the store of many files in a process of its own, and say what it took."""
+    make_files(scratch / "files", count, pixels)
+    print(f"{count} files:")
+    subprocess.run([sys.executable, "-c", _STORE, str(scratch / "files")], check=True)
+
+
+if __name__ == "__main__":
+    main()
