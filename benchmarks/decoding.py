@@ -16,23 +16,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from tuneapp.config import Data
 from tuneapp.data import decoding
 from tuneapp.data.decoding import Task, decode_chunk, in_parallel
-from tuneapp.data.source import read_images
-from tuneapp.data.store import Preprocessing, Store, StreamedPixels, open_store
 
 ROUNDS = 5
 SHORT_SIDE = 48
-SEEN = Preprocessing(SHORT_SIDE, 40, "bilinear", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
 
 
 def make_files(folder: Path, count: int, pixels: int) -> list[str]:
@@ -56,33 +49,35 @@ def cpu_seconds() -> float:
     return times.user + times.system + times.children_user + times.children_system
 
 
-def timed(executor: Callable[[int], Executor], files: list[str]) -> tuple[float, float]:
-    """Return files per second and cores kept busy."""
+def decoded_by(processes_from: int, files: list[str]) -> tuple[float, float]:
+    """Decode files by threads or processes; return files per second and cores kept busy.
+
+    Args:
+        processes_from: as many files are decoded by processes, fewer by threads; 0 by this thread.
+        files: their paths.
+    """
     shape = [SHORT_SIDE, int(SHORT_SIDE * (64 + 16) / 64)]
 
     def task(start: int, part: list[str]) -> tuple[Task]:
         return (Task(part, [shape] * len(part), [0] * len(part), SHORT_SIDE, "bilinear", None),)
 
-    decoding._executor = executor
     start, cpu = time.perf_counter(), cpu_seconds()
-    in_parallel(decode_chunk, files, task, lambda index, result: None, lambda done: None)
+    if processes_from == 0:
+        decode_chunk(*task(0, files))
+    else:
+        decoding.PROCESSES_FROM = processes_from
+        in_parallel(decode_chunk, files, task, lambda index, result: None, lambda done: None)
     seconds = time.perf_counter() - start
     return len(files) / seconds, (cpu_seconds() - cpu) / seconds
 
 
 def compare(files: list[str]) -> None:
     """Print what each way of decoding makes of the cores."""
-    cores = len(os.sched_getaffinity(0))
-    spawn = get_context("spawn")
-    ways: dict[str, Callable[[int], Executor]] = {
-        "one thread": lambda count: ThreadPoolExecutor(1),
-        f"{cores} threads": lambda count: ThreadPoolExecutor(cores),
-        f"{cores} processes": lambda count: ProcessPoolExecutor(cores, mp_context=spawn),
-    }
+    ways = {"one thread": 0, "threads": len(files) + 1, "processes": 1}
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for _ in range(ROUNDS):
-        for name, executor in ways.items():
-            seen[name].append(timed(executor, files))
+        for name, processes_from in ways.items():
+            seen[name].append(decoded_by(processes_from, files))
     base = [rate for rate, _ in seen["one thread"]]
     for name, pairs in seen.items():
         ratios = [rate / by for (rate, _), by in zip(pairs, base, strict=True)]
@@ -93,12 +88,20 @@ def compare(files: list[str]) -> None:
         )
 
 
-def compare_views(store: Store, streamed: StreamedPixels) -> None:
+def compare_views(folder: str) -> None:
     """Print what it costs to read an image from the store, and to decode it."""
+    # Not at the head: worker processes import this file, too, and torch would slow their start.
+    from tuneapp.config import Data
+    from tuneapp.data.source import read_images
+    from tuneapp.data.store import Preprocessing, StreamedPixels, open_store
+
+    images = read_images(Data(source=folder), seed=0)
+    seen = Preprocessing(SHORT_SIDE, 40, "bilinear", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+    stored, streamed = open_store(images, seen).pixels, StreamedPixels(images, seen)
     ratios = []
     for _ in range(ROUNDS):
         seconds = []
-        for pixels in (store.pixels, streamed):
+        for pixels in (stored, streamed):
             start = time.perf_counter()
             for index in range(500):
                 pixels.image(index)
@@ -122,13 +125,11 @@ def main() -> None:
         files = make_files(Path(scratch) / "files", asked.files, asked.pixels)
         print(f"{len(files)} files of {asked.pixels} pixels, {ROUNDS} rounds, medians")
         compare(files)
-        images = read_images(Data(source=f"{scratch}/files"), seed=0)
-        compare_views(open_store(images, SEEN), StreamedPixels(images, SEEN))
+        compare_views(f"{scratch}/files")
 
 
 _STORE = """
 import os, resource, sys, time
-from tuneapp.config import Data
 from tuneapp.data.source import read_images
 from tuneapp.data.store import Preprocessing, open_store
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -140,10 +141,10 @@ listed = time.perf_counter() - start
 open_store(images, Preprocessing(48, 40, "bilinear", (0.5,) * 3, (0.2,) * 3))
 seconds = time.perf_counter() - start
 t = os.times()
-largest = [resource.getrusage(who).ru_maxrss / 1024 for who in (0, -1)]
+largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 print(f"listed and split in {listed:.1f} s, all in {seconds:.1f} s, "
       f"{len(images.examples) / seconds:.0f} files/s; "
-      f"this process {largest[0]:.0f} MB ({before:.0f} MB before), largest worker {largest[1]:.0f} MB")
+      f"memory of this process {largest:.0f} MB, {before:.0f} MB before")
 used = t.children_user + t.children_system + t.user + t.system
 print(f"{(used - USED) / seconds:.2f} cores busy")
 """

@@ -8,6 +8,7 @@ import torch
 from tuneapp.average import WeightAverage
 from tuneapp.config import AdamW, CrossEntropy, Plateau, TrialConfig
 from tuneapp.models import build_staged
+from tuneapp.training import begin_training
 from tuneapp.trial import run_trial
 
 pytestmark = [
@@ -94,3 +95,24 @@ def test_a_step_with_an_average_does_not_wait_for_the_gpu():
         average.update(model)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("budget", [None, 0], ids=["stored", "streamed"])
+def test_batches_on_a_gpu_are_those_of_the_cpu(config, run, tmp_path, monkeypatch, budget, workers):
+    monkeypatch.setenv("TUNEAPP_CACHE", str(tmp_path))
+    settings = replace(run.settings, store_budget=budget, workers=workers)
+    trial = replace(config, augment="strong", mixup_alpha=0.2)
+    seen = {}
+    for has_gpu in (False, True):
+        begun = begin_training(trial, replace(run, settings=settings, has_gpu=has_gpu))
+        assert begun.train_batches.is_streamed == (budget == 0)
+        # Taken slowly and quickly: a batch must be whole before it is used.
+        seen[has_gpu] = [
+            (images.cpu(), labels.cpu())
+            for epoch in (1, 2)
+            for images, labels in begun.train_batches.epoch(epoch)
+        ]
+    for (images, labels), (theirs, their_labels) in zip(seen[False], seen[True], strict=True):
+        torch.testing.assert_close(theirs, images, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(their_labels, labels, rtol=1e-6, atol=1e-6)
