@@ -378,8 +378,9 @@ def test_a_file_that_goes_while_it_is_streamed_is_named(
         (tmp_path / example.path).write_bytes((photos.root / example.path).read_bytes())
     store = open_store(replace(photos, root=tmp_path), SMALL, budget=0)
     (tmp_path / "05.jpg").unlink()
-    with pytest.raises(DataError, match=r"05\.jpg cannot be read: No such file"):
+    with pytest.raises(DataError) as caught:
         list(batches_of(store, workers=workers).epoch(1))
+    assert str(caught.value) == f"{tmp_path}/05.jpg cannot be read: No such file or directory"
 
 
 def test_each_batch_is_its_own_and_may_be_written_to(stores: dict[str, Store]) -> None:

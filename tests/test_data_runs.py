@@ -439,3 +439,20 @@ def test_balanced_sampling_draws_as_many_as_the_smallest_class_has(
     drawn = 3 * red
     steps = drawn // 8 + (drawn % 8 > 1)  # a single leftover joins the batch before it
     assert applied["schedule_options"]["T_max"] == 2 * steps
+
+
+def test_a_transform_of_the_space_itself_works_in_worker_processes(
+    space: Callable[..., str], photos: Path
+) -> None:
+    more = (
+        "from torchvision.transforms import v2\n\n"
+        "def views(image_size):\n    return v2.RandomCrop(image_size)\n"
+    )
+    seen = []
+    for workers in ("0", "1"):
+        words = ["--data", str(photos), "--workers", workers, "--name", f"w{workers}"]
+        assert main(["train", space("augment='space:views'", more), *words]) == 0
+        # A worker that imported the file instead of the text that was executed would fail.
+        Path("space.py").write_text("raise RuntimeError('edited since')\n")
+        seen.append([row["train/loss"] for row in rows_of(Path(f"runs/w{workers}"))])
+    assert seen[0] == seen[1]

@@ -13,14 +13,17 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageEnhance
 
+from tuneapp import duplicates
 from tuneapp.cli import main
 from tuneapp.config import Data
 from tuneapp.data.findings import Finding
 from tuneapp.data.source import read_images
 from tuneapp.doctor import examine
+from tuneapp.duplicates import as_prints, fingerprint, near_duplicates
 from tuneapp.errors import DataError
 from tuneapp.examination import Examination
 from tuneapp.looks import see
+from tuneapp.thumbnails import Thumbnails
 
 
 def picture(seed: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
@@ -117,6 +120,17 @@ def test_gradients_are_no_duplicates_of_each_other(tmp_path: Path) -> None:
     assert look(tmp_path / "data").findings == ()
 
 
+def test_skies_of_similar_colours_are_no_duplicates() -> None:
+    rng = np.random.default_rng(0)
+    ramp = np.linspace(0, 1, 48)[:, None, None] * np.ones((1, 64, 1))
+    skies = []
+    for _ in range(40):
+        top, bottom = np.array([[90, 130, 200], [170, 190, 230]]) + rng.integers(-25, 25, (2, 3))
+        skies.append(Image.fromarray((top + (bottom - top) * ramp).astype(np.uint8)))
+    prints = as_prints([fingerprint(sky) for sky in skies], [sky.size for sky in skies])
+    assert near_duplicates(prints) == []
+
+
 def test_the_same_logo_on_all_images_makes_them_no_duplicates(tmp_path: Path) -> None:
     for c in ("cat", "dog"):
         (tmp_path / "data" / c).mkdir(parents=True)
@@ -172,6 +186,61 @@ def test_near_duplicates_are_found_all_of_them(how: str, tmp_path: Path) -> None
     assert sum(len(finding.exclude) for finding in told) == 12
 
 
+def test_it_does_not_matter_in_which_blocks_images_are_compared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pictures = [picture(seed) for seed in range(60)]
+    pictures += [as_jpeg(pictures[i], 60) for i in (0, 7, 31, 59)]
+    pictures += [marked(pictures[i]) for i in (7, 30, 58)]
+    prints = as_prints([fingerprint(p) for p in pictures], [p.size for p in pictures])
+    expected = [[0, 60], [7, 61, 64], [30, 65], [31, 62], [58, 66], [59, 63]]
+    told: list[int] = []
+    assert near_duplicates(prints, told.append) == expected
+    assert told == sorted(told) and told[-1] == len(pictures)
+    for rows, columns, pairs in ((3, 7, 2), (1, 1, 1), (64, 5, 3)):
+        monkeypatch.setattr(duplicates, "_ROWS", rows)
+        monkeypatch.setattr(duplicates, "_COLUMNS", columns)
+        monkeypatch.setattr(duplicates, "_PAIRS", pairs)
+        assert near_duplicates(prints) == expected
+
+
+def test_where_all_hashes_are_alike_fewer_pairs_are_proposed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pictures = [picture(seed) for seed in range(40)]
+    pictures += [as_jpeg(pictures[3], 60)]
+    prints = as_prints([fingerprint(p) for p in pictures], [p.size for p in pictures])
+    proposed: list[int] = []
+    same = Thumbnails.same
+
+    def counted(self: Any, left: Any, right: Any) -> Any:
+        proposed.append(len(left))
+        return same(self, left, right)
+
+    monkeypatch.setattr(Thumbnails, "same", counted)
+    monkeypatch.setattr(duplicates, "MAX_BITS", 64)
+    assert near_duplicates(prints) == [[3, 40]]
+    assert sum(proposed) == 2 * (41 * 40 // 2)
+    proposed.clear()
+    monkeypatch.setattr(duplicates, "_ENOUGH", 20)
+    assert near_duplicates(prints) == [[3, 40]]
+    assert 2 <= sum(proposed) <= 40
+
+
+def test_smooth_pictures_are_told_apart_and_recognised() -> None:
+    pictures = []
+    for seed in range(40):
+        corners = np.random.default_rng(seed).integers(0, 256, (2, 2, 3)).astype(np.uint8)
+        pictures.append(Image.fromarray(corners).resize((64, 48), Image.Resampling.BICUBIC))
+    pictures += [as_jpeg(p, 75) for p in pictures]
+    groups = near_duplicates(
+        as_prints([fingerprint(p) for p in pictures], [p.size for p in pictures])
+    )
+    # Not all: what little detail there is may be lost by compression.
+    assert len(groups) >= 20
+    assert all(group == [group[0], group[0] + 40] for group in groups)
+
+
 def test_noise_is_recognised_too(make_photos: Any, tmp_path: Path) -> None:
     data = make_photos(tmp_path / "photos", per_class=24, split=True)
     original = Image.open(data / "test/red/02.jpg").convert("RGB")
@@ -210,9 +279,9 @@ def test_exact_duplicates_are_not_reported_as_near_ones_again(tmp_path: Path) ->
 
 def test_a_near_duplicate_of_an_exact_one_leaks_through_the_copy_that_stays(tmp_path: Path) -> None:
     data = make_split(tmp_path / "data")
-    content = (data / "test/cat/test00.jpg").read_bytes()
+    content = (data / "val/cat/val00.jpg").read_bytes()
     (data / "train/cat/same.jpg").write_bytes(content)
-    Image.open(data / "test/cat/test00.jpg").save(data / "train/cat/near.png")
+    Image.open(data / "val/cat/val00.jpg").save(data / "train/cat/near.png")
     exact, near = (f for f in look(data).findings if f.kind == "duplicates across splits")
     assert exact.exclude == ("train/cat/same.jpg",)
     assert near.exclude == ("train/cat/near.png",)
@@ -324,11 +393,13 @@ def test_wrong_endings_and_blank_images_are_found(tmp_path: Path) -> None:
     picture(900).save(data / "cat" / "png.jpg", "PNG")
     for i, colour in enumerate(("black", "white", "red")):
         Image.new("RGB", (40, 40), colour).save(data / "dog" / f"blank{i}.png")
+    Image.new("RGB", (40, 40), "black").save(data / "dog" / "blank3.bmp")
     picture(901).save(data / "dog" / "fine.jpeg", "JPEG")
     seen = look(data)
     assert found(seen, "wrong endings").paths == ("cat/png.jpg",)
     blank = found(seen, "blank")
-    assert set(blank.paths) == {f"dog/blank{i}.png" for i in range(3)} == set(blank.exclude)
+    expected = {"dog/blank0.png", "dog/blank1.png", "dog/blank2.png", "dog/blank3.bmp"}
+    assert set(blank.paths) == expected == set(blank.exclude)
     assert set(kinds(seen)) == {"wrong endings", "blank"} and not seen.is_serious
 
 

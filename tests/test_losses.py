@@ -490,12 +490,13 @@ def failing(logits: Tensor, targets: Tensor) -> Tensor:
 def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[object], str]:
     """Return what makes an object importable, and its import path."""
     monkeypatch.setattr(own, "_spaces", {})
+    monkeypatch.setattr(own, "_texts", {})
     monkeypatch.setattr(sys, "path", list(sys.path))
 
     def offer(thing: object) -> str:
         module = types.ModuleType("own_losses")
         module.thing = thing
-        own.offer("own_losses", module)
+        own.offer("own_losses", module, "", Path("offered.py"))
         return "own_losses:thing"
 
     return offer

@@ -209,6 +209,14 @@ def test_a_label_that_all_or_no_examples_show_is_left_out_where_it_is_not_define
     assert np.isfinite(list(found.values())).all()
 
 
+def test_a_label_that_is_neither_shown_nor_predicted_counts_nought_in_f1() -> None:
+    logits, targets = sets(9)
+    targets[:, 3], logits[:, 3] = 0, -5
+    rest = f1_score(targets[:, :3].astype(int), (logits[:, :3] > 0).astype(int), average="macro")
+    found = measure(logits, targets, names(4))
+    assert found["val/macro_f1"] == pytest.approx(3 / 4 * rest, **CLOSE)
+
+
 def test_examples_without_any_label_still_give_numbers() -> None:
     logits, targets = sets(10)
     found = measure(logits, np.zeros_like(targets), names(4))

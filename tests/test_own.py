@@ -16,6 +16,7 @@ def apart(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Undo what is offered and imported."""
     modules = set(sys.modules)
     monkeypatch.setattr(own, "_spaces", {})
+    monkeypatch.setattr(own, "_texts", {})
     monkeypatch.setattr(sys, "path", [*sys.path])
     yield
     for name in set(sys.modules) - modules:
@@ -53,9 +54,9 @@ def test_what_a_space_defines_is_found_in_the_text_that_was_executed(tmp_path: P
     write(tmp_path, "my_space", "def build(n):\n    return 'the file'\n")
     own.import_from([str(tmp_path)])
     assert own.find_own("my_space:build", "model")(3) == "the file"
-    own.offer("my_space", space(build=lambda n: "the text"))
+    own.offer("my_space", space(build=lambda n: "the text"), "", Path("x.py"))
     assert own.find_own("my_space:build", "model")(3) == "the text"
-    own.offer("my_space", space(build=lambda n: "a newer text"))
+    own.offer("my_space", space(build=lambda n: "a newer text"), "", Path("x.py"))
     assert own.find_own("my_space:build", "model")(3) == "a newer text"
 
 
@@ -100,7 +101,7 @@ def test_what_cannot_be_found_is_told_with_the_cause(
 ) -> None:
     write(tmp_path, "broken", BROKEN)
     write(tmp_path, "mine", MODULE)
-    own.offer("offered", space(build=print))
+    own.offer("offered", space(build=print), "", Path("x.py"))
     own.import_from([str(tmp_path)])
     with pytest.raises(ConfigError) as error:
         own.find_own(reference, "model")
@@ -126,7 +127,7 @@ def test_a_fingerprint_is_the_file_and_its_sha256(tmp_path: Path) -> None:
 
 def test_what_has_no_file_of_its_own_has_no_fingerprint(tmp_path: Path) -> None:
     write(tmp_path, "my_space", "build = print\n")
-    own.offer("my_space", space(build=print))
+    own.offer("my_space", space(build=print), "", Path("x.py"))
     own.import_from([str(tmp_path)])
     # A space's text is kept with the run; a built-in module has no file.
     assert own.fingerprints(["my_space:build", "sys:exit"], []) == {}

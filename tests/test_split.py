@@ -237,6 +237,12 @@ def test_many_small_groups_give_about_the_shares_and_even_classes() -> None:
         assert a / (a + b) == pytest.approx(0.25, abs=0.03)
 
 
+def test_groups_give_the_part_that_is_nearest_to_the_share() -> None:
+    images = image_set(uneven(a=700, b=700), [f"g{i // 2}" for i in range(1400)], test_share=0)
+    # 15 % is about a seventh (14.3 %), and not a sixth (16.7 %).
+    assert abs(sizes(split(images, seed=0))["val"] - 200) <= 4
+
+
 def test_one_group_of_all_images_cannot_be_split() -> None:
     message = refused(image_set(uneven(a=20, b=20), ["same"] * 40))
     assert "all images are of one group, 'same'" in message
@@ -348,12 +354,13 @@ def test_folds_are_made_of_whole_groups() -> None:
     assert max(fold_sizes(images)) - min(fold_sizes(images)) <= 12
 
 
-def test_a_seed_gives_the_same_folds_and_another_seed_others() -> None:
-    images = image_set(uneven(a=50, b=50), folds=3)
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_seed_gives_the_same_folds_and_another_seed_others(grouped: bool) -> None:
+    groups = [f"g{i // 4}" for i in range(100)] if grouped else None
+    images = image_set(uneven(a=50, b=50), groups, folds=3, test_share=0)
     assert split(images, 1) == split(images, 1)
-    assert {e.path: e.fold for e in split(images, 1).examples} != {
-        e.path: e.fold for e in split(images, 2).examples
-    }
+    drawn = {tuple((e.path, e.fold) for e in split(images, seed).examples) for seed in range(4)}
+    assert len(drawn) == 4
 
 
 def test_folds_join_the_training_and_validation_images_of_the_data() -> None:
@@ -566,6 +573,13 @@ def test_another_content_of_the_same_size_is_noticed_by_its_time(recorded: Image
     swap(file, bytes(content), keep_time=False)
     with pytest.raises(DataError, match=r"^1 of 12 images in .* changed since .*: x/3\.png; put"):
         require_unchanged(recorded)
+
+
+def test_a_file_of_the_same_size_and_time_is_not_read_again(recorded: ImageSet) -> None:
+    assert recorded.root is not None
+    file = recorded.root / "x" / "3.png"
+    swap(file, bytes(file.stat().st_size), keep_time=True)
+    require_unchanged(recorded)
 
 
 def test_a_copy_with_other_times_and_the_same_contents_passes(

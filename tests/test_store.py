@@ -260,6 +260,17 @@ def test_a_changed_file_makes_a_new_store(twelve: ImageSet) -> None:
     assert torch.equal(after, TF.pil_to_tensor(TF.resize(noise((30, 30), seed=99), [20])))
 
 
+@pytest.mark.parametrize("change", [{"num_bytes": 1}, {"modified_ns": 1}])
+def test_a_file_of_another_size_or_time_makes_a_new_store(
+    change: dict[str, int], twelve: ImageSet, decoded: list[str]
+) -> None:
+    open_store(twelve, SMALL)
+    decoded.clear()
+    changed = (*twelve.examples[:9], replace(twelve.examples[9], **change), *twelve.examples[10:])
+    open_store(replace(twelve, examples=changed), SMALL)
+    assert len(decoded) == 10
+
+
 def test_the_same_names_in_another_folder_are_another_store(
     twelve: ImageSet, tmp_path: Path
 ) -> None:

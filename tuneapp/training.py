@@ -195,10 +195,16 @@ def choose_workers(settings: RunSettings, store: Store, num_threads: int) -> int
 
     Stored images need none on a CPU: views are made while nothing else could be done there.
     """
-    if settings.workers is not None:
-        return settings.workers
-    can_be_pickled = not settings.data.is_dataset  # of the user's own, nobody knows
-    return num_threads if store.is_streamed and can_be_pickled else 0
+    # Nobody knows whether a Dataset bears to be in several processes.
+    one_process = store.is_streamed and settings.data.is_dataset
+    if settings.workers is None:
+        return num_threads if store.is_streamed and not one_process else 0
+    if settings.workers and one_process:
+        raise ConfigError(
+            f"--workers {settings.workers}: images of a Dataset are read by one process; use 0, or "
+            "a --store-budget that they fit"
+        )
+    return settings.workers
 
 
 def _build_model(

@@ -13,6 +13,7 @@ from torchvision.transforms import v2
 from tuneapp.data.sampling import Draw, batch_seed
 from tuneapp.data.store import Preprocessing, Store
 from tuneapp.data.views import Key, KeyedViews, View
+from tuneapp.errors import DataError
 
 Batch = tuple[Tensor, Tensor]
 
@@ -121,9 +122,17 @@ class Batches:
             self._store.labels[torch.from_numpy(draw.indices[start:end])]
             for start, end in self._bounds()
         )
-        batches = self._on_device(zip(self._loader, labels, strict=True))
+        batches = self._on_device(zip(self._views(), labels, strict=True))
         for number, (images, labels_here) in enumerate(batches):
             yield self._mixed(images, labels_here, epoch, number)
+
+    def _views(self) -> Iterator[Tensor]:
+        """Make the views; a worker's error becomes the one line that it would be here."""
+        try:
+            yield from self._loader
+        except DataError as error:
+            _, _, line = str(error).rpartition(f"{DataError.__module__}.{DataError.__name__}: ")
+            raise DataError(line.strip()) from None
 
     def _on_device(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Normalise batches on the device; on a GPU, one ahead, beside the work of the last one."""

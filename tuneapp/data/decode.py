@@ -12,6 +12,7 @@ cut off, is empty, or is larger than Pillow's limit against decompression bombs 
 import contextlib
 import hashlib
 import io
+import stat
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,6 +82,8 @@ def read_bytes(path: Path) -> bytes:
         Unreadable: it is missing, empty, no file, or may not be read.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise Unreadable("is no regular file")
         content = path.read_bytes()
     except OSError as error:
         raise Unreadable(f"cannot be read: {error.strerror or error}") from None
@@ -96,7 +99,10 @@ def read_header(path: Path) -> Header:
         Unreadable: it is missing, no image, or one too large.
     """
     try:
-        if path.stat().st_size == 0:
+        now = path.stat()
+        if not stat.S_ISREG(now.st_mode):
+            raise Unreadable("is no regular file")
+        if now.st_size == 0:
             raise Unreadable("is empty: 0 bytes")
         with path.open("rb") as file, _opened(file) as image:
             orientation = _orientation(image)

@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from tuneapp.data.decode import (
     resize,
     resized_size,
 )
+from tuneapp.errors import DataError
 
 CHUNK = 64
 """Files of one task: few enough that memory and a late task do not matter."""
@@ -143,6 +145,11 @@ def in_parallel(
                 take(start, future.result())
                 done += count
                 watch(done)
+        except BrokenProcessPool:
+            raise DataError(
+                "a process that was decoding images has died, perhaps for lack of memory; try "
+                "again with more of it free"
+            ) from None
         except BaseException:  # Ctrl-C, too: what has not begun shall not
             executor.shutdown(wait=True, cancel_futures=True)
             raise

@@ -3,6 +3,8 @@
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +15,8 @@ from torchvision.transforms import v2
 from tuneapp.config import is_reference
 from tuneapp.data.store import Preprocessing, StoredPixels, StreamedPixels
 from tuneapp.errors import ConfigError, say_cause
-from tuneapp.own import find_own
+from tuneapp.own import find_own, offered_text
+from tuneapp.space import SearchSpace
 
 View = Callable[[Tensor], Tensor]
 Key = tuple[int, int | None]
@@ -164,7 +167,10 @@ def _kept_generators() -> Iterator[None]:
 
 
 class _Own:
-    """The user's own transform; pickled by its import path, so that workers build it anew."""
+    """The user's own transform; pickled by its import path, so that workers build it anew.
+
+    What a space's file defines itself is pickled with the text that was executed.
+    """
 
     def __init__(self, reference: str, image_size: int) -> None:
         self._made_from = (reference, image_size)
@@ -176,12 +182,18 @@ class _Own:
                 f"{type(self._transform).__name__}"
             )
 
-    def __reduce__(self) -> tuple[type["_Own"], tuple[str, int]]:
-        return _Own, self._made_from
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuilt, (*self._made_from, offered_text(self._made_from[0]))
 
     def __call__(self, image: Tensor) -> Tensor:
         view: Tensor = self._transform(image)
         return view
+
+
+def _rebuilt(reference: str, image_size: int, space: tuple[str, Path] | None) -> _Own:
+    if space is not None:
+        SearchSpace(*space)  # which offers what it defines
+    return _Own(reference, image_size)
 
 
 def _own_view(reference: str, image_size: int) -> View:
