@@ -170,7 +170,8 @@ def absolute(data: Data) -> Data:
     def full(path: str) -> str:
         return str(Path(path).expanduser().absolute())
 
-    is_path = data.source != EMBEDDED and not data.is_dataset
+    is_embedded = data.source == EMBEDDED and not Path(EMBEDDED).is_dir()
+    is_path = not is_embedded and not data.is_dataset
     return replace(
         data,
         source=full(data.source) if is_path else data.source,

@@ -43,7 +43,7 @@ class Data(Checked):
         folds: each trial is trained so many times, each time validated on another part of the
             images that are not for testing; its score is the mean.
         val_share: in (0, 1): of the images left by the test split, how many are for validation,
-            where the data has no such split of its own.
+            where the data has no such split of its own; of whole groups, the nearest 1 in n.
         test_share: in [0, 1): of the images that are held out for `final-test`, likewise.
         bad_images: what becomes of those that cannot be read: `drop`; `substitute`, in training,
             another example of the same class, drawn anew in each epoch (those of the validation

@@ -266,8 +266,12 @@ def _class_names(dataset: Any, labels: Sequence[Any], data: Data) -> list[str]:
         named = getattr(dataset, attribute, None)
         if isinstance(named, np.ndarray):
             named = named.tolist()
-        if isinstance(named, list | tuple) and named and all(isinstance(n, str) for n in named):
-            return list(named)
+        if not isinstance(named, list | tuple) or not named:
+            continue
+        # ImageNet's are tuples of synonyms.
+        first = [name[0] if isinstance(name, tuple) and name else name for name in named]
+        if all(isinstance(name, str) for name in first):
+            return first
     if isinstance(labels[0], tuple):
         return [str(i) for i in range(len(labels[0]))]
     return sorted_classes([str(i) for i in range(max(max(labels), 0) + 1)])

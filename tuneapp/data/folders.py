@@ -142,6 +142,7 @@ class _FlatFolder(_Reader):
         assert self.data.label_regex is not None
         pattern = re.compile(self.data.label_regex)
         without: list[str] = []
+        before = len(self.found)
         for file in self.image_files(place):
             path = file.relative_to(place).as_posix()
             match = pattern.search(path)
@@ -151,9 +152,10 @@ class _FlatFolder(_Reader):
             else:
                 without.append(path)
         if without:
+            total = len(without) + len(self.found) - before
             raise DataError(
                 f"--label-regex {self.data.label_regex!r} finds no label in {len(without)} of "
-                f"{len(without) + len(self.found)} paths below {place}, such as {without[0]!r}; "
+                f"{total} paths below {place}, such as {without[0]!r}; "
                 "the label is its first group, or the whole match"
             )
         names = {name for _, name, _, _ in self.found}

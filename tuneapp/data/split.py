@@ -123,7 +123,11 @@ def _fold(images: ImageSet, folds: int, seed: int) -> ImageSet:
     groups = _groups(images, used)
     rarest = min(Counter(strata).values())
     if rarest < folds:
-        names = [images.classes[label] for label, count in Counter(strata).items() if count < folds]
+        names = [
+            images.classes[label] if label >= 0 else "no class at all"
+            for label, count in Counter(strata).items()
+            if count < folds
+        ]
         raise DataError(
             f"{folds} folds need {folds} images of each class, and there are fewer of "
             f"{_some(sorted(names))}; ask for fewer folds, or add images"

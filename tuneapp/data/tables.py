@@ -39,7 +39,9 @@ def read_table(data: Data) -> ImageSet:
     stats = _stats(file, paths)
     splits = _splits(table, columns.get("split"), file)
     weights = _weights(table, columns.get("weight"), file)
-    groups = _texts(table, columns["group"], file) if "group" in columns else [""] * len(paths)
+    groups = [""] * len(paths)
+    if "group" in columns:
+        groups = [text.strip() for text in _texts(table, columns["group"], file)]
     examples = tuple(
         Example(
             path, label, split, stat.st_size, group=group, weight=weight,
@@ -70,7 +72,11 @@ def _read(file: Path, data: Data) -> pd.DataFrame:
         if file.suffix.lower() == ".parquet":
             return pd.read_parquet(file)
         # As text: "007" is a name and not a number, and so is "NA".
-        return pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        return pd.read_csv(
+            file, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False
+        )
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 text ({error.reason}); save it as UTF-8") from None
     except FileNotFoundError:
         raise DataError(f"--data {data.source}: no such file") from None
     except Exception as error:  # pandas and pyarrow raise many kinds
@@ -129,7 +135,10 @@ def _cells(table: pd.DataFrame, column: str, file: Path) -> list[str]:
             "--label-separator"
         )
     absent = values.isna()
-    return ["" if none else str(value) for value, none in zip(values, absent, strict=True)]
+    texts = ["" if none else str(value) for value, none in zip(values, absent, strict=True)]
+    if pd.api.types.is_float_dtype(values):  # whole numbers, beside which some are missing
+        texts = [text.removesuffix(".0") for text in texts]
+    return texts
 
 
 def _labels(
