@@ -212,8 +212,8 @@ def open_store(
     key = _key(images, preprocessing)
     stored, indexed = (cache_dir() / f"{kind}-{key}" for kind in ("store", "index"))
     try:
-        folder = indexed if accept_index and indexed.is_dir() else None
-        folder = folder or _existing(stored, indexed, budget)
+        made = [place for place in (stored, indexed) if accept_index and place.is_dir()]
+        folder = made[0] if made else _existing(stored, indexed, budget)
         if folder is None:
             cache_dir().mkdir(parents=True, exist_ok=True)
             with FileLock(cache_dir() / f"store-{key}.lock"):
