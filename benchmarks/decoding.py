@@ -24,7 +24,7 @@ from PIL import Image
 from tuneapp.data import decoding
 from tuneapp.data.decoding import Task, decode_chunk, in_parallel
 
-ROUNDS = 5
+ROUNDS = 3
 SHORT_SIDE = 48
 
 
@@ -93,7 +93,8 @@ def compare_views(folder: str) -> None:
     # Not at the head: worker processes import this file, too, and torch would slow their start.
     from tuneapp.config import Data
     from tuneapp.data.source import read_images
-    from tuneapp.data.store import Preprocessing, StreamedPixels, open_store
+    from tuneapp.data.pixels import Preprocessing, StreamedPixels
+    from tuneapp.data.store import open_store
 
     images = read_images(Data(source=folder), seed=0)
     seen = Preprocessing(SHORT_SIDE, 40, "bilinear", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
@@ -130,8 +131,10 @@ def main() -> None:
 
 _STORE = """
 import os, resource, sys, time
+from tuneapp.config import Data
 from tuneapp.data.source import read_images
-from tuneapp.data.store import Preprocessing, open_store
+from tuneapp.data.pixels import Preprocessing
+from tuneapp.data.store import open_store
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 t = os.times()
 USED = t.user + t.system

@@ -17,8 +17,9 @@ from torch import Tensor
 from tests.states import config_of
 from tuneapp.data.batches import Batch, Batches
 from tuneapp.data.examples import Example, ImageSet
+from tuneapp.data.pixels import Preprocessing
 from tuneapp.data.sampling import InOrder, Shuffled, view_seeds
-from tuneapp.data.store import Preprocessing, Store, open_store
+from tuneapp.data.store import Store, open_store
 from tuneapp.data.views import check_augment, draw_view, evaluation_view, mixing, training_view
 from tuneapp.errors import ConfigError, DataError
 

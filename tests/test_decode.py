@@ -21,7 +21,8 @@ from tuneapp.data.decode import (
     resized_size,
 )
 from tuneapp.data.examples import Example, ImageSet
-from tuneapp.data.store import Preprocessing, open_store
+from tuneapp.data.pixels import Preprocessing
+from tuneapp.data.store import open_store
 
 Pixels = npt.NDArray[np.generic]
 

@@ -30,11 +30,12 @@ from tuneapp.data.batches import Batches
 from tuneapp.data.cache import cache_dir
 from tuneapp.data.decode import Header
 from tuneapp.data.examples import Example, ImageSet
+from tuneapp.data.pixels import Preprocessing
 from tuneapp.data.reading import open_image
 from tuneapp.data.sampling import InOrder, Shuffled
 from tuneapp.data.source import read_images
 from tuneapp.data.split import require_usable, split
-from tuneapp.data.store import Preprocessing, Store, digest_files, open_store
+from tuneapp.data.store import Store, checked_apart, open_store
 from tuneapp.data.views import KeyedViews, evaluation_view, training_view
 from tuneapp.errors import DataError
 from tuneapp.weights import preprocessing_of
@@ -294,7 +295,8 @@ from pathlib import Path
 from tuneapp.data import decoding
 from tuneapp.data.split import read_split
 from tuneapp.data.split import require_usable, split, write_split
-from tuneapp.data.store import Preprocessing, Store, digest_files, open_store
+from tuneapp.data.pixels import Preprocessing
+from tuneapp.data.store import Store, checked_apart, open_store
 
 decoded = []
 really_decode = decoding.decode
@@ -361,7 +363,9 @@ def test_unreadable_images_are_recorded_and_end_nothing(twelve: ImageSet, cache:
 def test_the_stamped_set_has_every_cause_and_the_digest_of_every_content(twelve: ImageSet) -> None:
     (twelve.root / "01.png").write_bytes(b"\x89PNG but no more")
     (twelve.root / "05.png").write_bytes(b"")
-    stamped = digest_files(open_store(twelve, SMALL).stamped(twelve), "test")
+    stamped = checked_apart(
+        open_store(twelve, SMALL).stamped(twelve), SMALL, "test", lambda what, done, total: None
+    )
     assert [e.path for e in stamped.examples] == [e.path for e in twelve.examples]
     for e in stamped.examples:
         content = (twelve.root / e.path).read_bytes()

@@ -10,8 +10,8 @@ from torch import Tensor
 from tests.states import config_of
 from tuneapp.config import AUGMENTS
 from tuneapp.data.batches import Batch, Batches
+from tuneapp.data.pixels import Preprocessing
 from tuneapp.data.sampling import InOrder, Shuffled, epoch_order, view_seeds
-from tuneapp.data.store import Preprocessing
 from tuneapp.data.views import evaluation_view, mixing, training_view
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.5)

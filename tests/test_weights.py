@@ -32,7 +32,7 @@ from tuneapp.checkpoint import MANIFEST, TrainState
 from tuneapp.config import Preprocess, TrialConfig
 from tuneapp.config.trial import INTERPOLATIONS
 from tuneapp.data.examples import ImageSet
-from tuneapp.data.store import Preprocessing
+from tuneapp.data.pixels import Preprocessing
 from tuneapp.errors import ConfigError, WeightsError
 from tuneapp.families import FAMILIES
 from tuneapp.fit import skeleton

@@ -30,6 +30,7 @@ from tuneapp.staged import StagedModel
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+_LATER_FIELDS = {"sampling": "shuffle", "replacement": True, "num_samples": None}
 
 Row = dict[str, Any]
 
@@ -132,7 +133,9 @@ class TrainState:
         }
 
     def _restore(self, content: dict[str, Any], folder: Path) -> None:
-        if content["config"] != canonical_json(self.config.as_dict()):
+        # What a field meant before there was it is what it is by default.
+        then = {**_LATER_FIELDS, **json.loads(content["config"])}
+        if canonical_json(then) != canonical_json(self.config.as_dict()):
             raise CheckpointError(
                 f"{folder} holds the checkpoint of another configuration: {content['config']}"
             )

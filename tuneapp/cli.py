@@ -263,8 +263,11 @@ def train(
         image_size=image_size,
         device=device,
     )
-    if settings != before:
+    # How images come to a trial changes no number of it.
+    if settings != replace(before, workers=settings.workers, store_budget=settings.store_budget):
         like = None
+    elif like is not None:
+        like = (like[0], replace(like[1], settings=settings))
     params = loaded.override(base, chosen)
 
     from tuneapp.single import start_training

@@ -279,9 +279,9 @@ def mean_wait(trial: TrialRecord) -> float:
 
 def wait_line(read: "Summary") -> tuple[str, bool]:
     """Return how long trials waited for data, with the remedy where it was too long: and if so."""
-    trained = [trial for trial in read.trials if trial.rows]
+    trained = [t for t in read.trials if any("train/data_wait" in row for row in t.rows)]
     if not trained:
-        return "waiting   for data: not known, no trial has finished an epoch", False
+        return "waiting   for data: not known", False
     longest = max(trained, key=mean_wait)
     share = mean_wait(longest)
     line = f"waiting   {longest.trial_id} waited for data during {share:.0%} of its training"

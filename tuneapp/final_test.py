@@ -13,9 +13,10 @@ from tuneapp.checkpoint import read_best, validated_weights
 from tuneapp.config import RunSettings, TrialConfig
 from tuneapp.data.batches import Batches
 from tuneapp.data.examples import ImageSet
+from tuneapp.data.making import Watch
 from tuneapp.data.sampling import InOrder
 from tuneapp.data.split import require_unchanged
-from tuneapp.data.store import Watch, open_store
+from tuneapp.data.store import open_store
 from tuneapp.data.views import evaluation_view
 from tuneapp.errors import DataError
 from tuneapp.folds import fold_folder
@@ -26,7 +27,7 @@ from tuneapp.models import build_staged
 from tuneapp.prepare import assemble, read_run_images
 from tuneapp.records import read_records
 from tuneapp.rundir import open_run
-from tuneapp.training import TrialRun, choose_device, choose_dtype
+from tuneapp.training import TrialRun, choose_device, choose_dtype, choose_workers
 from tuneapp.weights import preprocessing_of
 
 OPENED, RESULT = "test_opened", "test_result"
@@ -71,8 +72,9 @@ def open_test(path: Path, trial_id: str, watch: Watch) -> TestResult:
     images = read_run_images(run, record)
     if not images.of("test"):
         raise DataError(
-            f"{path} has no test split: give one with the data (a test/ folder, a split column), "
-            "or begin the sweep with a test share"
+            f"{path} has no test split: data with a validation split of their own need a test "
+            "split of their own, too (a test/ folder, a split column); of others, test_share is "
+            "held out"
         )
     require_unchanged(replace(images, examples=images.of("test")))
     params = read_records(read_events(run.ledger))[trial_id].params
@@ -136,6 +138,7 @@ def _test_batches(
         batch_size=config.batch_size,
         device=device,
         channels_last=config.channels_last,
+        workers=choose_workers(settings, store, run.num_threads, device),
     )
     if not batches.num_examples:
         raise DataError("none of the test images can be read")

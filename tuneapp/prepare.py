@@ -17,6 +17,8 @@ from tuneapp.checkpoint import read_best, validated_weights
 from tuneapp.config import RunSettings, TrialConfig, is_reference
 from tuneapp.data.examples import ImageSet
 from tuneapp.data.findings import cheap_findings
+from tuneapp.data.making import Watch
+from tuneapp.data.pixels import Preprocessing
 from tuneapp.data.sampling import Shuffled
 from tuneapp.data.source import read_images
 from tuneapp.data.split import (
@@ -27,11 +29,10 @@ from tuneapp.data.split import (
     write_split,
 )
 from tuneapp.data.store import (
-    Preprocessing,
     Store,
-    Watch,
-    digest_files,
+    checked_apart,
     open_store,
+    require_repeatable,
     require_same_pixels,
 )
 from tuneapp.data.views import check_augment
@@ -157,6 +158,7 @@ def _decode(
 ) -> ImageSet:
     """Decode the images for every preprocessing; return them with what came of each."""
     stores: list[Store] = []
+    require_repeatable(images)
     for preprocessing in _preprocessings(configs, images):
         store = open_store(images, preprocessing, settings.store_budget, watch)
         size = preprocessing.crop_size
@@ -169,7 +171,7 @@ def _decode(
         stores.append(store)
     for store in stores:
         images = store.stamped(images)
-    images = digest_files(images, "test")
+    images = checked_apart(images, _preprocessings(configs, images)[0], "test", watch)
     require_usable(images)
     for finding in cheap_findings(images):
         if finding.kind == "unreadable":
@@ -177,7 +179,8 @@ def _decode(
     # Again, now that it is known what can be read: sampling may have no meaning for the rest.
     stores[0].bad |= [bool(e.bad) for e in images.of("train", "val")]
     substitute = settings.data.bad_images == "substitute"
-    for config in configs:
+    ways = {(c.sampling, c.replacement, c.num_samples): c for c in configs}
+    for config in ways.values():
         Shuffled(stores[0], config, settings.seed, substitute)
     return images
 

@@ -13,7 +13,7 @@ import torch
 
 from tuneapp.checkpoint import Row
 from tuneapp.config import RunSettings
-from tuneapp.data.store import Watch
+from tuneapp.data.making import Watch
 from tuneapp.errors import Diverged, say_cause
 from tuneapp.folds import run_whole
 from tuneapp.ledger import Event, Ledger

@@ -66,9 +66,11 @@ class Summary:
         settings = self.record.settings
         sign = -1 if settings.mode == "max" else 1
 
-        def place(trial: TrialRecord) -> float:
+        def place(trial: TrialRecord) -> tuple[int, float]:
             row = trial.best(settings)
-            return math.inf if row is None else sign * float(row[settings.metric])
+            score = math.inf if row is None else sign * float(row[settings.metric])
+            # Means over different folds are not compared: those with more come first.
+            return (0 if settings.data.folds is None else -len(trial.rows), score)
 
         return sorted(self.trials, key=place)
 

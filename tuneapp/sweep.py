@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from tuneapp.config import RunSettings
-from tuneapp.data.store import Watch
+from tuneapp.data.making import Watch
 from tuneapp.errors import ConfigError, RunError, TuneappError
 from tuneapp.ledger import Event, Ledger
 from tuneapp.prepare import check_again, first_trials, lay_out, prepare, read_run_space

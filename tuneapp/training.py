@@ -15,8 +15,9 @@ from tuneapp.checkpoint import TrainState
 from tuneapp.config import Amp, RunSettings, TrialConfig
 from tuneapp.data.batches import Batches
 from tuneapp.data.examples import ImageSet
+from tuneapp.data.pixels import Preprocessing
 from tuneapp.data.sampling import InOrder, Shuffled
-from tuneapp.data.store import Preprocessing, Store, open_store
+from tuneapp.data.store import Store, open_store
 from tuneapp.data.views import evaluation_view, mixing, training_view
 from tuneapp.errors import ConfigError
 from tuneapp.loop import EpochMetrics, Precision
@@ -29,6 +30,9 @@ from tuneapp.staged import StagedModel
 from tuneapp.weights import load_weights, preprocessing_of
 
 log = logging.getLogger(__name__)
+
+MOST_WORKERS = 8
+"""Unless asked for: each of them is a process with torch in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +166,7 @@ def _open_batches(
     settings = run.settings
     budget = settings.store_budget
     store = open_store(run.images, preprocessing, budget, accept_index=True)
-    workers = choose_workers(settings, store, run.num_threads)
+    workers = choose_workers(settings, store, run.num_threads, device)
     substitute = settings.data.bad_images == "substitute"
     train = Batches(
         store,
@@ -190,15 +194,19 @@ def _open_batches(
     return train, val
 
 
-def choose_workers(settings: RunSettings, store: Store, num_threads: int) -> int:
+def choose_workers(
+    settings: RunSettings, store: Store, num_threads: int, device: torch.device
+) -> int:
     """Return how many processes make the batches of a split.
 
-    Stored images need none on a CPU: views are made while nothing else could be done there.
+    Stored images need none on a CPU: views are made while nothing else could be done there. A GPU
+    would wait for them.
     """
     # Nobody knows whether a Dataset bears to be in several processes.
     one_process = store.is_streamed and settings.data.is_dataset
     if settings.workers is None:
-        return num_threads if store.is_streamed and not one_process else 0
+        wanted = store.is_streamed or device.type == "cuda"
+        return min(num_threads, MOST_WORKERS) if wanted and not one_process else 0
     if settings.workers and one_process:
         raise ConfigError(
             f"--workers {settings.workers}: images of a Dataset are read by one process; use 0, or "

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tuneapp.checkpoint import MANIFEST
 from tuneapp.config import TrialConfig
-from tuneapp.data.store import Preprocessing
+from tuneapp.data.pixels import Preprocessing
 from tuneapp.errors import ConfigError, WeightsError, did_you_mean
 from tuneapp.fetch import cached_or_fetched, sha256_of
 from tuneapp.models import find_family

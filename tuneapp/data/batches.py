@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
+from tuneapp.data.pixels import Preprocessing
 from tuneapp.data.sampling import Draw, batch_seed
-from tuneapp.data.store import Preprocessing, Store
+from tuneapp.data.store import Store
 from tuneapp.data.views import Key, KeyedViews, View
 from tuneapp.errors import DataError
 
@@ -20,7 +21,8 @@ Batch = tuple[Tensor, Tensor]
 PREFETCH = 4
 """Batches that each worker process makes in advance."""
 WORKER_TIMEOUT_S = 120.0
-"""After so long without a batch, a worker is taken for hung."""
+"""After so long without a batch, a worker is taken for hung; later where batches are large."""
+SLOW_IMAGE_S = 5.0
 
 
 class Sampler(Protocol):
@@ -79,6 +81,8 @@ class Batches:
         self.workers = workers
         self._mean = torch.tensor(preprocessing.mean, device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(preprocessing.std, device=device).view(1, 3, 1, 1)
+        if device.type == "cuda":  # one for all epochs: each stream has memory of its own
+            self._aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._keys = _Keys()
         self._loader = DataLoader(
             KeyedViews(store.pixels, view),
@@ -89,7 +93,7 @@ class Batches:
             multiprocessing_context=_worker_context() if workers else None,
             persistent_workers=workers > 0,
             prefetch_factor=PREFETCH if workers else None,
-            timeout=WORKER_TIMEOUT_S if workers else 0,
+            timeout=max(WORKER_TIMEOUT_S, SLOW_IMAGE_S * batch_size) if workers else 0,
             # Its own, or it would draw from the training's.
             generator=torch.Generator(),
         )
@@ -140,12 +144,11 @@ class Batches:
             for views, labels in batches:
                 yield self._normalised(views), labels
             return
-        aside = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         ready: tuple[Batch, torch.cuda.Event] | None = None
         for views, labels in batches:
-            with torch.cuda.stream(aside):
+            with torch.cuda.stream(self._aside):
                 ahead = (self._normalised(views), self._send(labels))
-                sent = aside.record_event()
+                sent = self._aside.record_event()
             if ready is not None:
                 yield self._taken_over(*ready)
             ready = (ahead, sent)

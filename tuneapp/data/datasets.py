@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torchvision
 from filelock import FileLock
-from PIL import Image
+from PIL import Image, ImageOps
 
 from tuneapp.config import Data
 from tuneapp.data.cache import cache_dir
@@ -133,7 +133,7 @@ def as_rgb(image: object) -> Image.Image:
         Unreadable: it is none of these.
     """
     if isinstance(image, Image.Image):
-        return to_rgb(image)
+        return to_rgb(ImageOps.exif_transpose(image))
     if isinstance(image, torch.Tensor) and image.dtype == torch.uint8:
         image = (image.permute(1, 2, 0) if image.dim() == 3 else image).numpy()
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8:

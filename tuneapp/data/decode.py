@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import io
 import stat
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import PIL
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from tuneapp.errors import DataError
@@ -36,6 +38,12 @@ ENDINGS = frozenset(
     ]
 )
 """Files called so are taken for images; others are looked into."""
+
+DECODER = f"Pillow {PIL.__version__}, HEIC {'.heic' in Image.registered_extensions()}"
+"""What decoded the images of a store: another one may read more, or otherwise."""
+
+PASSING = ("cannot be read: ", "is too large for this machine's memory")
+"""How causes begin that say nothing of the file itself: the next try may read it."""
 
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
 """Pillow's own limit against decompression bombs, 179 million pixels; also for the resized image,
@@ -198,9 +206,9 @@ def resize(image: Image.Image, short_side: int, interpolation: str) -> npt.NDArr
 @contextlib.contextmanager
 def _opened(file: BinaryIO) -> Iterator[Image.Image]:
     """Open an image; whatever Pillow and its plugins raise for bad files becomes `Unreadable`."""
-    assert not ImageFile.LOAD_TRUNCATED_IMAGES, "half an image would be filled up with grey"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of large images (its limit holds), of odd metadata
+    # Whatever other code has set: half an image would be filled up with grey.
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    with quiet():
         try:
             with Image.open(file) as image:
                 yield image
@@ -216,6 +224,21 @@ def _opened(file: BinaryIO) -> Iterator[Image.Image]:
         except Exception as error:  # plugins raise nearly anything for damaged files
             first_line = str(error).strip().split("\n")[0]
             raise Unreadable(f"cannot be decoded: {first_line or type(error).__name__}") from None
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Pillow from warning, of large images (its limit holds) and of odd metadata.
+
+    In the main thread only: Python's filters are those of the whole process, and threads that put
+    them back in another order would leave them changed. Who starts threads does this around them.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _orientation(image: Image.Image) -> object:

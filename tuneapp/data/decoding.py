@@ -19,6 +19,7 @@ from tuneapp.data.decode import (
     Unreadable,
     decode,
     digest,
+    quiet,
     read_bytes,
     read_header,
     resize,
@@ -28,8 +29,8 @@ from tuneapp.errors import DataError
 
 CHUNK = 64
 """Files of one task: few enough that memory and a late task do not matter."""
-PROCESSES_FROM = 2000
-"""Fewer files are done by threads: a process takes half a second to start."""
+PROCESSES_FROM = 10_000
+"""Fewer files are done by threads: processes take a second or two to start."""
 
 Sizes = list[tuple[int, int] | str]
 """Height and width of each image after resizing, or why it cannot be read."""
@@ -134,7 +135,7 @@ def in_parallel(
     """
     starts = range(0, len(files), CHUNK)
     done = 0
-    with _executor(len(files)) as executor:
+    with quiet(), _executor(len(files)) as executor:
         try:
             futures = {}
             for start in starts:

@@ -37,6 +37,8 @@ def read_folder(data: Data) -> ImageSet:
             f"package.module:name, or {EMBEDDED!r} for the embedded data"
         )
     found = {split: _split_folder(root, names) for split, names in _SPLIT_NAMES.items()}
+    if data.label_regex is None and found["train"] and not _has_folders(found["train"]):
+        found = dict.fromkeys(found)  # a class of that name, say of trains among buses
     held_out = found["val"] or found["test"]
     if found["train"] is None and held_out:
         raise DataError(f"{root} has {held_out.name}/ and no train/: add it, or give classes alone")
@@ -90,14 +92,20 @@ class _Reader:
             now = None
         self.found.append((file.relative_to(self.root).as_posix(), name, now, split))
 
+    def skip(self, file: Path, cause: str) -> None:
+        self.skipped.append((file.relative_to(self.root).as_posix(), cause))
+
     def image_files(self, folder: Path) -> Iterator[Path]:
         """Walk `folder`, not following links to folders: they can loop.
 
         Files with other endings than images have are looked into: photos without ending are
         images, notes are not.
         """
-        for place, folders, files in os.walk(folder):
+        for place, folders, files in os.walk(folder, onerror=_refuse):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in folders:
+                if Path(place, name).is_symlink():
+                    self.skip(Path(place, name), "is a link to a folder, which is not followed")
             for name in sorted(files):
                 file = Path(place, name)
                 if name.startswith(".") or name.lower() in _LITTER:
@@ -106,9 +114,14 @@ class _Reader:
                     try:
                         read_header(file)
                     except Unreadable as cause:
-                        self.skipped.append((file.relative_to(self.root).as_posix(), str(cause)))
+                        self.skip(file, str(cause))
                         continue
                 yield file
+
+
+def _refuse(error: OSError) -> None:
+    """Say what a walk leaves out otherwise, without a word."""
+    raise DataError(f"{error.filename} cannot be listed: {error.strerror}")
 
 
 class _ClassFolders(_Reader):
@@ -123,6 +136,9 @@ class _ClassFolders(_Reader):
                 f"{place} has {len(folders)} class folder(s); it takes at least two, each with the "
                 "images of one class (for labels in file names, give --label-regex)"
             )
+        for file in sorted(place.iterdir()):
+            if file.is_file() and file.suffix.lower() in ENDINGS and file.name[:1] != ".":
+                self.skip(file, "lies beside the class folders, and has no label")
         for folder in folders:
             before = len(self.found)
             for file in sorted(self.image_files(folder)):
@@ -170,6 +186,10 @@ def _split_folder(root: Path, names: Sequence[str]) -> Path | None:
         both = " and ".join(f"{folder.name}/" for folder in folders)
         raise DataError(f"{root} has {both}: rename the one that is not meant")
     return folders[0] if folders else None
+
+
+def _has_folders(folder: Path) -> bool:
+    return any(p.is_dir() and not p.name.startswith(".") for p in folder.iterdir())
 
 
 def _require_same_classes(

@@ -18,7 +18,7 @@ from tuneapp.errors import ConfigError
 Indices = npt.NDArray[np.intp]
 
 # What a number is drawn for: two purposes never share a stream.
-_ORDER, _VIEW, _MIX, _REPEAT, _SUBSTITUTE = 0, 1, 2, 3, 4
+_ORDER, _VIEW, _MIX, _SUBSTITUTE = 0, 1, 2, 3
 
 
 class Draw(NamedTuple):
@@ -37,19 +37,33 @@ def epoch_order(seed: int, epoch: int, count: int) -> Indices:
     return _stream(seed, _ORDER, epoch).permutation(count)
 
 
-def view_seeds(seed: int, epoch: int, count: int, repeat: int = 0) -> npt.NDArray[np.int64]:
+def view_seeds(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
     """Return a seed for the view of each of the first `count` examples of the store.
 
     A prefix of a longer list: example 7 has the same seed in a set of 10 and of 10,000.
+    """
+    return _stream(seed, _VIEW, epoch).integers(0, 2**63 - 1, size=count, dtype=np.int64)
+
+
+def repeated(seeds: npt.NDArray[np.int64], repeats: Indices) -> npt.NDArray[np.int64]:
+    """Return the seeds of examples that are drawn several times in an epoch.
+
+    Source of the mixing: SplitMix64 (Steele et al., Fast splittable pseudorandom number generators,
+    2014), whose outputs for different inputs differ.
 
     Args:
-        seed: of the run.
-        epoch: from 1.
-        count: how many.
-        repeat: of an example that is drawn several times in an epoch, which time, from 0.
+        seeds: of each example's first view.
+        repeats: which time it is, from 0, which leaves the seed as it is.
     """
-    purpose = (_REPEAT, epoch, repeat) if repeat else (_VIEW, epoch)
-    return _stream(seed, *purpose).integers(0, 2**63 - 1, size=count, dtype=np.int64)
+    again = repeats > 0
+    mixed = seeds[again].astype(np.uint64)
+    mixed += repeats[again].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    out = seeds.copy()
+    out[again] = (mixed >> np.uint64(1)).astype(np.int64)
+    return out
 
 
 def batch_seed(seed: int, epoch: int, number: int) -> int:
@@ -126,12 +140,7 @@ class Shuffled:
     def draw(self, epoch: int) -> Draw:
         """Return the examples of an epoch in their order, with the seeds of their views."""
         indices = self._indices[self._positions(epoch)]
-        repeats = _repeats(indices)
-        seeds = np.empty(len(indices), dtype=np.int64)
-        for repeat in range(int(repeats.max(initial=0)) + 1):
-            of_all = view_seeds(self._seed, epoch, self._count, repeat)
-            here = repeats == repeat
-            seeds[here] = of_all[indices[here]]
+        seeds = repeated(view_seeds(self._seed, epoch, self._count)[indices], _repeats(indices))
         return Draw(self._substituted(indices, epoch), seeds)
 
     def _positions(self, epoch: int) -> Indices:
@@ -193,13 +202,22 @@ def _rarest_classes(store: Store, indices: Indices) -> npt.NDArray[np.int64]:
 
 
 def _others(store: Store) -> dict[int, Indices]:
-    """Return, for each unreadable training example, the readable ones with the same label."""
-    good = store.indices("train")
-    labels = store.labels.numpy()
-    found = {}
-    for index in store.bad_indices("train").tolist():
-        same = labels[good] == labels[index]
-        same = same if same.ndim == 1 else same.all(axis=1)
-        if same.any():  # of several labels at once there may be no second example: it is dropped
-            found[index] = good[same]
-    return found
+    """Return, for each unreadable training example, the readable ones with the same label.
+
+    Of several labels at once there may be no second example: then it is left out.
+    """
+    wanted = {index: _label(store, index) for index in store.bad_indices("train").tolist()}
+    if not wanted:
+        return {}
+    by_label: dict[object, list[int]] = {label: [] for label in wanted.values()}
+    for index in store.indices("train").tolist():
+        label = _label(store, index)
+        if label in by_label:
+            by_label[label].append(index)
+    shared = {label: np.array(indices, dtype=np.intp) for label, indices in by_label.items()}
+    return {index: shared[label] for index, label in wanted.items() if len(shared[label])}
+
+
+def _label(store: Store, index: int) -> object:
+    label = store.labels[index].tolist()
+    return tuple(label) if isinstance(label, list) else label

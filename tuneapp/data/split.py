@@ -5,7 +5,7 @@ A split is written into the run directory, and read back by whatever goes on wit
 
 import csv
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -69,6 +69,7 @@ def _split_off(
     if any(images.examples[i].group for i in train):
         held_out = _whole_groups(images, train, share, seed, side)
     else:
+        before = train
         strata = _strata(images, train, least=4)
         # Every class must be on both sides, however small the share or the class.
         size = max(round(share * len(train)), len(set(strata)))
@@ -78,11 +79,30 @@ def _split_off(
             )
         except ValueError as error:
             raise DataError(f"{images.data.source} cannot be split by class: {error}") from None
+        if not _shown(images, train) == _shown(images, held_out) == _shown(images, before):
+            # Of many small classes, shares of less than one image are all the same for it.
+            train = before
+            held_out = _some_of_each(train, strata, share, seed)
     moved = set(held_out)
     examples = tuple(
         replace(e, split=side) if i in moved else e for i, e in enumerate(images.examples)
     )
     return replace(images, examples=examples), [i for i in train if i not in moved]
+
+
+def _some_of_each(
+    train: Sequence[int], strata: Sequence[int], share: float, seed: int
+) -> list[int]:
+    """Return a share of each class, one of it at least."""
+    random = np.random.default_rng(seed)
+    by_class: dict[int, list[int]] = defaultdict(list)
+    for index, stratum in zip(train, strata, strict=True):
+        by_class[stratum].append(index)
+    held_out: list[int] = []
+    for _, members in sorted(by_class.items()):
+        count = min(len(members) - 1, max(1, round(share * len(members))))
+        held_out += random.permutation(members)[:count].tolist()
+    return held_out
 
 
 def _whole_groups(
@@ -99,7 +119,8 @@ def _whole_groups(
     strata = _strata(images, train, least=parts)
     first: list[int] | None = None
     # Groups of one class each can be too few for that many parts: then larger ones.
-    for number in range(min(parts, len(set(groups))), 1, -1):
+    most = min(parts, len(set(groups)), max(Counter(strata).values()))
+    for number in range(most, 1, -1):
         folds = StratifiedGroupKFold(number, shuffle=True, random_state=seed)
         for rest, chosen in _quietly(folds, train, strata, groups):
             taken = [train[i] for i in chosen]
@@ -107,7 +128,11 @@ def _whole_groups(
             left = [train[i] for i in rest]
             if _shown(images, taken) == _shown(images, left) == _shown(images, train):
                 return taken
-    assert first is not None
+    if first is None:
+        raise DataError(
+            f"{images.data.source}: {len(set(groups))} groups with so few images of each class "
+            f"cannot be split; give a {side} split with the data"
+        )
     return first  # what is missing is said when all splits are drawn
 
 

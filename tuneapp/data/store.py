@@ -12,110 +12,33 @@ Both hold the examples of the training and validation splits only: what is not i
 can read.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from filelock import FileLock
-from PIL import Image
 
 from tuneapp.data.cache import cache_dir
-from tuneapp.data.decode import Unreadable, decode, digest, read_bytes, resize
-from tuneapp.data.decoding import Decoded, Sizes, Task, decode_chunk, in_parallel, measure_chunk
+from tuneapp.data.decode import DECODER, PASSING, Unreadable, digest, read_bytes
 from tuneapp.data.examples import Example, ImageSet
+from tuneapp.data.making import Watch, copy_objects, decode_files
+from tuneapp.data.pixels import USED, Preprocessing, StoredPixels, StreamedPixels
 from tuneapp.data.reading import read_example
 from tuneapp.errors import DataError
 
-USED = ("train", "val")
 _FORMAT = 2  # raise it when the stored bytes change, so that older stores are made anew
 _PROBES = 16  # images of a Dataset by whose pixels its store is found again
 _IDLE_S = 24 * 3600.0  # a store that nothing opened for so long may be removed for a new one
-
-Watch = Callable[[str, int, int], None]
-"""Told what is being done, how many images are done, and how many there are."""
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How the weights were evaluated: resize the short side, crop the centre, normalise.
-
-    Attributes:
-        resize_size: short side in pixels after resizing.
-        crop_size: height and width in pixels that the network sees.
-        interpolation: torchvision's name, such as `bilinear`.
-        mean: of each channel, for values in [0, 1].
-        std: likewise.
-    """
-
-    resize_size: int
-    crop_size: int
-    interpolation: str
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-
-class StoredPixels:
-    """Decoded images in a file, mapped read-only. A pickled copy maps the same file."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._shapes: npt.NDArray[np.int64] = np.load(folder / "shapes.npy")
-        self._ends = np.cumsum(self._shapes[:, 0] * self._shapes[:, 1] * 3)
-        self._pixels: npt.NDArray[np.uint8] = (
-            np.memmap(folder / "pixels.bin", dtype=np.uint8, mode="r")
-            if self._ends[-1]
-            else np.empty(0, dtype=np.uint8)  # not one image can be read; nothing cannot be mapped
-        )
-
-    def __reduce__(self) -> tuple[type["StoredPixels"], tuple[Path]]:
-        return StoredPixels, (self._folder,)
-
-    def image(self, index: int) -> torch.Tensor:
-        """Return one image, uint8 (3, H, W): a copy, so that nobody can write to the shared one."""
-        height, width = self._shapes[index]
-        end = int(self._ends[index])
-        flat = np.array(self._pixels[end - int(height) * int(width) * 3 : end])
-        return torch.from_numpy(flat.reshape(height, width, 3)).permute(2, 0, 1)
-
-
-class StreamedPixels:
-    """Images that are decoded at each use."""
-
-    def __init__(self, images: ImageSet, preprocessing: Preprocessing) -> None:
-        self._images = replace(images, examples=())
-        self._examples = images.of(*USED)
-        self._preprocessing = preprocessing
-
-    def image(self, index: int) -> torch.Tensor:
-        """Return one image, uint8 (3, H, W), equal to the stored one.
-
-        Raises:
-            DataError: its file is gone or has changed since the sweep began; the message names it.
-        """
-        example = self._examples[index]
-        wanted = self._preprocessing
-        try:
-            pixels = resize(self._open(example), wanted.resize_size, wanted.interpolation)
-        except Unreadable as cause:
-            raise DataError(f"{self._images.name_of(example)} {cause}") from None
-        return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
-
-    def _open(self, example: Example) -> Image.Image:
-        if self._images.root is None:
-            return read_example(self._images, example)
-        content = read_bytes(self._images.root / example.path)
-        if example.digest and digest(content) != example.digest:
-            raise Unreadable("has changed since the run began; restore it, or begin a new run")
-        return decode(content)
 
 
 class Store:
@@ -214,13 +137,17 @@ def open_store(
     try:
         made = [place for place in (stored, indexed) if accept_index and place.is_dir()]
         folder = made[0] if made else _existing(stored, indexed, budget)
+        if folder is not None and not accept_index and _has_healed(folder, images):
+            shutil.rmtree(folder)
+            folder = None
         if folder is None:
             cache_dir().mkdir(parents=True, exist_ok=True)
             with FileLock(cache_dir() / f"store-{key}.lock"):
                 folder = _existing(stored, indexed, budget)
                 if folder is None:
                     folder = _make(stored, indexed, images, preprocessing, budget, watch)
-        os.utime(folder)  # used just now: not to be removed for another
+        with contextlib.suppress(OSError):  # of another user, perhaps
+            os.utime(folder)  # used just now: not to be removed for another
         return Store(folder, images, preprocessing)
     except OSError as error:
         raise DataError(
@@ -236,6 +163,23 @@ def _existing(stored: Path, indexed: Path, budget: int | None) -> Path | None:
     if indexed.is_dir() and _num_bytes(np.load(indexed / "shapes.npy")) > _room(budget):
         return indexed
     return None
+
+
+def _has_healed(folder: Path, images: ImageSet) -> bool:
+    """Return whether a file that the disk, the network or its rights kept from being read now is.
+
+    Such a file is as it was, so its store would be found again for ever.
+    """
+    if images.root is None:
+        return False
+    examples = images.of(*USED)
+    causes = json.loads((folder / "bad.json").read_text(encoding="utf-8"))
+    for index, cause in causes.items():
+        if cause.startswith(PASSING):
+            with contextlib.suppress(Unreadable):
+                read_bytes(images.root / examples[int(index)].path)
+                return True
+    return False
 
 
 def _num_bytes(shapes: npt.NDArray[np.int64]) -> int:
@@ -283,6 +227,7 @@ def _key(images: ImageSet, preprocessing: Preprocessing) -> str:
         json.dumps(
             [
                 _FORMAT,
+                DECODER,
                 str(images.root),
                 "" if images.root else [images.data.source, images.data.data_root],
                 preprocessing.resize_size,
@@ -296,6 +241,22 @@ def _key(images: ImageSet, preprocessing: Preprocessing) -> str:
         for e in _probes(examples):
             said.update((e.digest or _pixel_digest(images, e)).encode())
     return said.hexdigest()[:20]
+
+
+def require_repeatable(images: ImageSet) -> None:
+    """Check, by some images of it, that a Dataset gives the same image each time.
+
+    Raises:
+        DataError: it does not; what it draws would be frozen into the store.
+    """
+    if not images.data.is_dataset:
+        return
+    for example in _probes(images.of(*USED)):
+        if _pixel_digest(images, example) != _pixel_digest(images, example):
+            raise DataError(
+                f"{images.name_of(example)} is another image each time it is asked for; take the "
+                "random transforms out of the Dataset, and name them by augment="
+            )
 
 
 def require_same_pixels(images: ImageSet) -> None:
@@ -342,9 +303,9 @@ def _make(
     aside = Path(tempfile.mkdtemp(dir=stored.parent, prefix=f".{stored.name}."))
     try:
         if images.root is None:
-            made = _copy_objects(aside, images, preprocessing, _room(budget), watch)
+            made = copy_objects(aside, images, preprocessing, _room(budget), watch)
         else:
-            made = _decode_files(aside, images, preprocessing, _room(budget), watch)
+            made = decode_files(aside, images, preprocessing, _room(budget), watch)
         shapes, digests, causes = made
         np.save(aside / "shapes.npy", shapes)
         np.save(aside / "digests.npy", np.array([d.encode() for d in digests], dtype="S32"))
@@ -364,101 +325,18 @@ def _make(
     return folder
 
 
-Made = tuple[npt.NDArray[np.int64], list[str], dict[int, str]]
-"""Height and width of each image, (0, 0) for one that cannot be read; digests; causes."""
+def checked_apart(
+    images: ImageSet, preprocessing: Preprocessing, split: str, watch: Watch
+) -> ImageSet:
+    """Return the set with the digests of a split, and what of it cannot be read.
 
-
-def _decode_files(
-    aside: Path, images: ImageSet, preprocessing: Preprocessing, room: int, watch: Watch
-) -> Made:
-    """Measure every file by its header, then decode each into its place; on all cores."""
-    assert images.root is not None
-    examples = images.of(*USED)
-    files = [str(images.root / e.path) for e in examples]
-    shapes = np.zeros((len(files), 2), dtype=np.int64)
-    causes: dict[int, str] = {}
-
-    def measured(start: int, sizes: Sizes) -> None:
-        for index, size in enumerate(sizes, start):
-            if isinstance(size, str):
-                causes[index] = size
-            else:
-                shapes[index] = size
-
-    short_side = preprocessing.resize_size
-    in_parallel(
-        measure_chunk, files, lambda start, part: (part, short_side), measured,
-        lambda done: watch("images measured", done, len(files)),
-    )  # fmt: skip
-    ends = np.cumsum(shapes[:, 0] * shapes[:, 1] * 3)
-    out = str(aside / "pixels.bin") if ends[-1] <= room else None
-    if out is not None:
-        with Path(out).open("wb") as file:
-            file.truncate(int(ends[-1]))
-    digests = [""] * len(files)
-
-    def decoded(start: int, results: list[Decoded]) -> None:
-        for index, result in enumerate(results, start):
-            digests[index] = result.digest
-            if result.cause:
-                causes[index] = result.cause
-            elif index not in causes:
-                shapes[index] = result.shape
-
-    def task(start: int, part: list[str]) -> tuple[Task]:
-        stop = start + len(part)
-        shapes_here = shapes[start:stop].tolist()
-        offsets = (ends[start:stop] - shapes[start:stop].prod(axis=1) * 3).tolist()
-        return (Task(part, shapes_here, offsets, short_side, preprocessing.interpolation, out),)
-
-    in_parallel(
-        decode_chunk, files, task, decoded,
-        lambda done: watch("images decoded" if out else "images checked", done, len(files)),
-    )  # fmt: skip
-    return shapes, digests, causes
-
-
-def _copy_objects(
-    aside: Path, images: ImageSet, preprocessing: Preprocessing, room: int, watch: Watch
-) -> Made:
-    """Ask a Dataset for every image, one after the other: nobody knows whether it bears threads."""
-    examples = images.of(*USED)
-    shapes = np.zeros((len(examples), 2), dtype=np.int64)
-    digests, causes = [], {}
-    written = 0
-    path = aside / "pixels.bin"
-    with path.open("wb") as out:
-        for index, example in enumerate(examples):
-            try:
-                image = read_example(images, example)
-                pixels = resize(image, preprocessing.resize_size, preprocessing.interpolation)
-            except Unreadable as cause:
-                causes[index] = str(cause)
-                digests.append("")
-                continue
-            digests.append(digest(image.tobytes()))
-            shapes[index] = pixels.shape[:2]
-            written += pixels.nbytes
-            if written <= room:
-                out.write(pixels.tobytes())
-            watch("images decoded", index + 1, len(examples))
-    if written > room:
-        path.unlink()
-    return shapes, digests, causes
-
-
-def digest_files(images: ImageSet, split: str) -> ImageSet:
-    """Return the set with the digests of the files of a split, which are read and not decoded."""
-    if images.root is None:
+    Its images are decoded to know that, and no pixel of them is kept.
+    """
+    if not images.of(split):
         return images
-    root = images.root
-
-    def digested(example: Example) -> Example:
-        if example.split != split:
-            return example
-        try:
-            return replace(example, digest=digest(read_bytes(root / example.path)))
-        except Unreadable as cause:
-            return replace(example, bad=str(cause))
-
-    return replace(images, examples=tuple(map(digested, images.examples)))
+    apart = replace(images, examples=tuple(replace(e, split="val") for e in images.of(split)))
+    stamped = iter(open_store(apart, preprocessing, 0, watch).stamped(apart).examples)
+    examples = tuple(
+        replace(next(stamped), split=split) if e.split == split else e for e in images.examples
+    )
+    return replace(images, examples=examples)

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from tuneapp.config import is_reference
-from tuneapp.data.store import Preprocessing, StoredPixels, StreamedPixels
+from tuneapp.data.pixels import Preprocessing, StoredPixels, StreamedPixels
 from tuneapp.errors import ConfigError, say_cause
 from tuneapp.own import find_own, offered_text
 from tuneapp.space import SearchSpace
