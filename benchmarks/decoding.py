@@ -92,8 +92,8 @@ def compare_views(folder: str) -> None:
     """Print what it costs to read an image from the store, and to decode it."""
     # Not at the head: worker processes import this file, too, and torch would slow their start.
     from tuneapp.config import Data
-    from tuneapp.data.source import read_images
     from tuneapp.data.pixels import Preprocessing, StreamedPixels
+    from tuneapp.data.source import read_images
     from tuneapp.data.store import open_store
 
     images = read_images(Data(source=folder), seed=0)

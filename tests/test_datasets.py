@@ -29,8 +29,9 @@ from tuneapp.data.decode import Unreadable
 from tuneapp.data.examples import ImageSet
 from tuneapp.data.reading import open_image, read_example
 from tuneapp.data.source import read_images
+from tuneapp.data.store import require_repeatable
 from tuneapp.errors import ConfigError, DataError, TuneappError
-from tuneapp.own import import_from
+from tuneapp.own import import_from, offer
 
 _numbers = itertools.count()
 
@@ -753,3 +754,23 @@ def test_a_data_set_with_an_argument_for_its_splits_is_not_taken_as_a_whole() ->
         for argument in ("split", "train"):
             if argument in known:
                 assert all(argument in arguments for arguments in parts.values()), name
+
+
+def test_a_dataset_that_draws_its_images_is_refused_before_they_are_frozen() -> None:
+    class Drawn:
+        targets = (0, 1) * 20
+        classes = ("a", "b")
+
+        def __len__(self) -> int:
+            return 40
+
+        def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+            noise = np.random.default_rng().integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            return Image.fromarray(noise), index % 2
+
+    module = types.ModuleType("drawn_images")
+    module.build = Drawn
+    offer("drawn_images", module, "", Path("drawn_images.py"))
+    images = read_images(Data(source="drawn_images:build"), seed=0)
+    with pytest.raises(DataError, match=r"another image each time.*augment="):
+        require_repeatable(images)

@@ -287,3 +287,24 @@ def test_classes_that_differ_between_the_splits_are_named(tmp_path: Path) -> Non
     message = refusal(tmp_path)
     assert f"{tmp_path / 'val'} lacks bee and has wasp besides" in message
     assert "every split needs the classes of train/" in message
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    for name in ("bus", "car", "train"):
+        (tmp_path / name).mkdir()
+        for i in range(5):
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / name / f"{i}.png")
+    images = read_images(Data(source=str(tmp_path)), seed=0)
+    assert images.classes == ("bus", "car", "train")
+
+
+def test_what_is_left_out_of_a_folder_is_told(tmp_path: Path) -> None:
+    for name in ("ant", "bee"):
+        (tmp_path / name).mkdir()
+        for i in range(5):
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / name / f"{i}.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "loose.png")
+    (tmp_path / "ant" / "linked").symlink_to(tmp_path / "bee")
+    images = read_images(Data(source=str(tmp_path)), seed=0)
+    assert {path for path, _ in images.skipped} == {"loose.png", "ant/linked"}
+    assert len(images.examples) == 10

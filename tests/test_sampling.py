@@ -8,7 +8,7 @@ import torch
 
 from tests.states import config_of
 from tuneapp.config import TrialConfig
-from tuneapp.data.sampling import Draw, InOrder, Shuffled, batch_seed, view_seeds
+from tuneapp.data.sampling import Draw, InOrder, Shuffled, batch_seed, repeated, view_seeds
 from tuneapp.errors import ConfigError
 
 # Twelve training examples of three classes (7, 3 and 2 of them), then three for validation.
@@ -320,3 +320,16 @@ def test_a_substitute_shows_all_the_labels_of_the_example_and_no_other() -> None
         got, wanted = sampler.draw(epoch).indices, places.draw(epoch).indices
         assert torch.equal(labels[got], labels[wanted])
         assert not {7, 9, 11} & set(got.tolist())
+
+
+def test_repeats_get_seeds_that_differ_and_do_not_depend_on_the_others() -> None:
+    seeds = np.arange(1000, dtype=np.int64)
+    drawn = [repeated(seeds, np.full(1000, times)) for times in range(20)]
+    np.testing.assert_array_equal(drawn[0], seeds)
+    every = np.concatenate(drawn)
+    assert len(np.unique(every)) == len(every)
+    assert every.min() >= 0
+    mixed = np.arange(1000) % 3
+    np.testing.assert_array_equal(
+        repeated(seeds, mixed), [drawn[times][i] for i, times in enumerate(mixed)]
+    )

@@ -93,8 +93,8 @@ def test_the_split_does_not_depend_on_the_order_in_which_the_disk_lists_files(
     first = read_images(Data(source=root), seed=0)
     iterdir, walk = Path.iterdir, os.walk
 
-    def walk_backwards(top: Path) -> object:
-        for place, folders, files in walk(top):
+    def walk_backwards(top: Path, onerror: object) -> object:
+        for place, folders, files in walk(top, onerror=onerror):
             yield place, folders, sorted(files, reverse=True)
 
     monkeypatch.setattr(Path, "iterdir", lambda p: iter(sorted(iterdir(p), reverse=True)))
@@ -230,11 +230,6 @@ def too_few_of_a_class(root: Path) -> None:
     add_classes(root, {"ant": 8, "bee": 8, "wasp": 3})
 
 
-def too_few_beside_many(root: Path) -> None:
-    # 15 % of 104 is 16, of which the share of 4 images is not even one in both held-out splits.
-    add_classes(root, {"ant": 100, "wasp": 4})
-
-
 @pytest.mark.parametrize(
     ("make", "told"),
     [
@@ -245,7 +240,6 @@ def too_few_beside_many(root: Path) -> None:
         (class_only_in_val, ["{root}/val", "has wasp"]),
         (class_missing_in_test, ["{root}/test", "lacks wasp"]),
         (too_few_of_a_class, ["wasp", "fewer than 4"]),
-        (too_few_beside_many, ["wasp"]),
     ],
 )
 def test_folders_that_cannot_be_trained_on_are_refused_by_name(

@@ -733,3 +733,42 @@ def test_leaving_out_too_much_of_a_class_is_refused_as_too_few(tmp_path: Path) -
     listed.write_text("\n".join(SIXTEEN[3:8]))
     with pytest.raises(DataError, match="class x has fewer than 4 images"):
         read_images(Data(source=str(root), exclude=str(listed)), seed=0)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"ant": 100, "wasp": 4},
+        {"many": 1000} | {f"rare{i}": 4 for i in range(10)},
+        {f"big{i}": 200 for i in range(5)} | {f"small{i:02d}": 5 for i in range(40)},
+    ],
+    ids=["one", "ten", "forty"],
+)
+def test_however_long_the_tail_every_class_is_in_every_split(sizes: dict[str, int]) -> None:
+    classes = tuple(sorted(sizes))
+    examples = tuple(
+        Example(f"{name}/{i}.png", classes.index(name), "train", 1)
+        for name in classes
+        for i in range(sizes[name])
+    )
+    for seed in range(5):
+        done = split(ImageSet(Path("x"), classes, examples), seed)
+        for side in ("train", "val", "test"):
+            assert min(done.counts(side)) >= 1
+        held_out = len(done.of("test")) / len(examples)
+        assert 0.1 < held_out < 0.25
+        assert split(ImageSet(Path("x"), classes, examples), seed) == done
+
+
+def test_groups_with_too_few_images_of_a_class_are_refused_and_not_a_traceback() -> None:
+    classes = tuple("abcde")
+    examples = tuple(
+        Example(f"{name}{i}.png", label, "train", 1, group=f"{name}{i}")
+        for label, name in enumerate(classes)
+        for i in range(5)
+    )
+    try:
+        done = split(ImageSet(Path("x"), classes, examples), 0)
+    except DataError:
+        return
+    assert all(min(done.counts(side)) for side in ("train", "val", "test"))

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -18,7 +19,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from torchvision.models import ResNet18_Weights, ResNet50_Weights
 from torchvision.transforms.v2 import functional as TF
 
@@ -873,3 +874,50 @@ def test_a_file_that_changes_its_size_while_it_is_decoded_is_left_out(
     assert store.causes == {5: "is of another size than its header says"}
     for i in (0, 1, 2, 3, 4, 6, 7, 8, 9):
         assert torch.equal(store.image(i), clean[i].permute(2, 0, 1))
+
+
+def test_a_file_that_could_not_be_read_for_a_while_is_there_when_it_can(
+    twelve: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Path.read_bytes
+
+    def failing(path: Path) -> bytes:
+        if path.name == "03.png":
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", failing)
+        for _ in range(2):
+            assert open_store(twelve, SMALL).causes == {3: "cannot be read: Input/output error"}
+    # A trial takes what its sweep began with; the next sweep has the image.
+    assert 3 in open_store(twelve, SMALL, accept_index=True).causes
+    healed = open_store(twelve, SMALL)
+    assert healed.causes == {}
+    assert healed.image(3).shape[0] == 3
+
+
+def test_decoding_in_threads_leaves_pythons_warnings_as_they_were(twelve: ImageSet) -> None:
+    before = list(warnings.filters)
+    for size in range(20, 26):
+        open_store(twelve, replace(SMALL, resize_size=size))
+    assert list(warnings.filters) == before
+
+
+def test_half_an_image_is_not_filled_up_whatever_other_code_has_set(
+    twelve: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    file = twelve.root / "03.png"
+    file.write_bytes(file.read_bytes()[:-30])
+    assert list(open_store(twelve, SMALL).causes) == [3]
+
+
+def test_a_full_disk_streams(twelve: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int, offset: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    store = open_store(twelve, SMALL)
+    assert store.is_streamed
+    assert store.causes == {}
