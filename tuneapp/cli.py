@@ -1,11 +1,10 @@
-"""The command line: the only place that prints, and that turns errors into exit codes.
+"""The command line: what can be asked, and what errors become exit codes.
 
 Exit codes: 0 done; 1 `doctor` found something serious; 2 bad input; 3 done, but some trials failed;
 4 no trial gave a result; 130 and 143 ended by Ctrl-C and SIGTERM. Each command imports what it
 needs when it runs: `--help` needs neither torch nor Ray.
 """
 
-import contextlib
 import functools
 import logging
 import os
@@ -16,10 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
-from tuneapp.bars import ProgressBars
 from tuneapp.config import Data, RunSettings
 from tuneapp.errors import ConfigError, TuneappError
 from tuneapp.options import (
@@ -31,10 +28,23 @@ from tuneapp.options import (
     expanded,
     seconds,
 )
+from tuneapp.terminal import (
+    LogToStderr,
+    Show,
+    err,
+    out,
+    print_applied,
+    print_examination,
+    print_result,
+    print_sweep,
+    print_to,
+    print_training,
+    say,
+    short_path,
+    warn,
+)
 
 if TYPE_CHECKING:
-    from tuneapp.display import Progress
-    from tuneapp.examination import Examination
     from tuneapp.records import TrialRecord
     from tuneapp.rundir import RunDir, RunRecord
     from tuneapp.space import SearchSpace
@@ -50,8 +60,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console()
-err = Console(stderr=True)
 
 
 def _command(function: Callable[..., int]) -> Callable[..., int]:
@@ -170,9 +178,9 @@ def sweep(
         time_budget_s=budget_s,
         dashboard_host=dashboard_host or ("127.0.0.1" if dashboard else None),
     )
-    with _Show() as show:
-        outcome = start_sweep(loaded, settings, options, _say, show.begin, show.watch)
-    return _finish_sweep(outcome)
+    with Show() as show:
+        outcome = start_sweep(loaded, settings, options, say, show.begin, show.watch)
+    return print_sweep(outcome)
 
 
 @_command
@@ -191,16 +199,16 @@ def resume(
 
         if dashboard or dashboard_host:
             raise ConfigError(f"{run} is a single training: it runs without Ray and its dashboard")
-        with _Show() as show:
+        with Show() as show:
             resumed = resume_training(run, show.begin, show.watch)
-        return _finish_training(resumed)
+        return print_training(resumed)
 
     from tuneapp.sweep import resume_sweep
 
-    with _Show() as show:
+    with Show() as show:
         host = dashboard_host or ("127.0.0.1" if dashboard else None)
         outcome = resume_sweep(run, show.begin, show.watch, host)
-    return _finish_sweep(outcome)
+    return print_sweep(outcome)
 
 
 @_command
@@ -272,11 +280,11 @@ def train(
 
     from tuneapp.single import start_training
 
-    with _Show() as show:
+    with Show() as show:
         run = start_training(
-            loaded, settings, params, runs_dir, name, _say, show.begin, show.watch, like
+            loaded, settings, params, runs_dir, name, say, show.begin, show.watch, like
         )
-    return _finish_training(run)
+    return print_training(run)
 
 
 @_command
@@ -326,10 +334,10 @@ def _show_model(model: str, image_size: int | None) -> int:
     anatomy = read_anatomy(model, image_size)
     size, classes = anatomy.image_size, anatomy.stages[-1].output
     head = f", {classes[-1]:,} classes" if classes else ""
-    _say(f"{model}: {len(anatomy.stages)} stages; one image of {size} x {size} pixels{head}\n")
+    say(f"{model}: {len(anatomy.stages)} stages; one image of {size} x {size} pixels{head}\n")
     out.print(anatomy_table(anatomy))
-    _say("\ndepth: as freeze_depth, freezes the stages above; 'trainable from here' is the rest")
-    _say("FLOPs: forward, 2 per multiply-add; without normalisation, activations and pooling")
+    say("\ndepth: as freeze_depth, freezes the stages above; 'trainable from here' is the rest")
+    say("FLOPs: forward, 2 per multiply-add; without normalisation, activations and pooling")
     return 0
 
 
@@ -347,14 +355,14 @@ def _show_space(space: Path) -> int:
         table.add_row(
             escape(parameter.name), escape(parameter.allowed), escape(parameter.condition)
         )
-    _say(f"{space}: {loaded.summary}\n")
+    say(f"{space}: {loaded.summary}\n")
     out.print(table)
     if loaded.data != Data():
-        _say(f"\ndata: {loaded.data.source}")
+        say(f"\ndata: {loaded.data.source}")
     if loaded.first_trials:
-        _say("\nrecipes, run first and in full:")
+        say("\nrecipes, run first and in full:")
         for number, params in enumerate(loaded.first_trials, start=1):
-            _say(f"  {number}  {say_params(params)}")
+            say(f"  {number}  {say_params(params)}")
     return 0
 
 
@@ -413,18 +421,18 @@ def lr_range(
     from tuneapp.lr_range import find_lr_range
     from tuneapp.prepare import prepare_one
 
-    with _Show() as show:
-        prepared, config, run = prepare_one(loaded, settings, params, _say, show.watch)
+    with Show() as show:
+        prepared, config, run = prepare_one(loaded, settings, params, say, show.watch)
     for warning in prepared.warnings:
-        _warn(warning)
-    _say(f"trains    {say_params(params)}")
+        warn(warning)
+    say(f"trains    {say_params(params)}")
     with out.status(f"{seeds} x {steps} steps, from {lowest:g} to {highest:g}"):
         found = find_lr_range(config, run, steps=steps, seeds=seeds, lowest=lowest, highest=highest)
     draw_lr_range(found, f"{space.name}: {say_params(params)}", output)
     names = [name for name in params if name.rpartition(".")[2] == "lr"]
     for line in lr_range_lines(found, names[0] if len(names) == 1 else "lr"):
-        _say(line)
-    _say(f"figure    {output}")
+        say(line)
+    say(f"figure    {output}")
     return 0
 
 
@@ -444,10 +452,10 @@ def final_test(
     from tuneapp.final_test import open_test
 
     read, record = _find_trial(run, trial)
-    with _Show() as show:
+    with Show() as show:
         result = open_test(run, record.trial_id, show.watch)
     for line in final_test_lines(result, record, read.record.settings):
-        _say(line)
+        say(line)
     return 0
 
 
@@ -463,10 +471,10 @@ def summary(
 
     read = read_summary(run)
     table = write_trials_table(run)
-    _print_result(read)
+    print_result(read)
     if applied:
-        _print_applied(read)
-    _say(f"table     {_short_path(table)}")
+        print_applied(read)
+    say(f"table     {short_path(table)}")
     return 0
 
 
@@ -504,20 +512,20 @@ def doctor(
         require_writable(flag, file, chosen)
 
     import_from([str(Path.cwd())])
-    with _Show() as show:
+    with Show() as show:
         found = examine(chosen, seed or 0, show.watch)
     listed = exclusions if found.num_excluded else None
     if listed:
         unnamed = write_exclusions(listed, found)
         if unnamed:
-            _warn(f"{unnamed} name(s) do not fit a line of {listed}; rename these files")
+            warn(f"{unnamed} name(s) do not fit a line of {listed}; rename these files")
     command = next_command(found, listed)
     write_page(output, found, listed, command)
-    _print_examination(found)
-    _say(f"page      {output}")
+    print_examination(found)
+    say(f"page      {output}")
     if listed:
-        _say(f"exclude   {listed}: {found.num_excluded:,} image(s); look through it, then")
-    _say(f"next      {command}")
+        say(f"exclude   {listed}: {found.num_excluded:,} image(s); look through it, then")
+    say(f"next      {command}")
     return 1 if found.is_serious else 0
 
 
@@ -526,80 +534,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before torch is loaded: its threads wait asleep and not spinning, or else a second busy
     # program slows a training down by far more than its share (benchmarks/busy_machine.py).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_LogToStderr()])
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[LogToStderr()])
     try:
         app(args=None if argv is None else list(argv), prog_name="python -m tuneapp")
     except SystemExit as end:  # how typer returns, from a wrong flag and from a command alike
         return end.code if isinstance(end.code, int) else 0
     except TuneappError as error:
-        _print_to(err, f"tuneapp: error: {error}", "red")
+        print_to(err, f"tuneapp: error: {error}", "red")
         return 2
     return 0
 
 
 # --- What the commands share ----------------------------------------------------------------------
-
-
-class _LogToStderr(logging.Handler):
-    """Shows warnings; a trial's log.txt has the rest."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        _print_to(err, self.format(record), "yellow")
-
-
-class _Show:
-    """Shows how images are decoded, then a run, once there is one, to whatever ends it."""
-
-    def __init__(self) -> None:
-        self._stack = contextlib.ExitStack()
-        self._run: RunDir | None = None
-        self._bars = ProgressBars(err)
-
-    def __enter__(self) -> "_Show":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        self._bars.close()
-        self._stack.close()
-        if self._run is not None and kind is not None and issubclass(kind, KeyboardInterrupt):
-            _say(f"resume    python -m tuneapp resume {_short_path(self._run.path)}")
-
-    def watch(self, what: str, done: int, total: int) -> None:
-        self._bars.update(what, done, total)
-
-    def begin(self, run: "RunDir", record: "RunRecord") -> "Progress":
-        from tuneapp.display import Progress
-        from tuneapp.ledger import read_events
-
-        self._run = run
-        self._bars.close()
-        for warning in record.warnings:
-            _warn(warning)
-        where = f"{record.cpus_per_trial} CPU thread(s)"
-        if record.gpus_per_trial:
-            where = f"{record.gpus_per_trial:g} GPU and {where}"
-        at_once = "" if record.kind == "train" else f"{record.concurrent} trial(s) at once, "
-        _say(f"run       {_short_path(run.path)}: {at_once}{where} each")
-        known = read_events(run.ledger) if run.ledger.exists() else []
-        progress = Progress(out, record.settings, known)
-        return self._stack.enter_context(progress)
-
-
-def _print_to(console: Console, line: str, style: str | None = None) -> None:
-    """Print a line as it is, but for what a terminal would obey: names of files can hold it."""
-    shown = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in line)
-    console.print(shown, style=style, highlight=False, markup=False, soft_wrap=True)
-
-
-def _say(line: str) -> None:
-    _print_to(out, line)
-
-
-def _warn(line: str) -> None:
-    _print_to(err, f"warning   {line}", "yellow")
 
 
 def _read_space(path: Path) -> "SearchSpace":
@@ -608,7 +554,7 @@ def _read_space(path: Path) -> "SearchSpace":
 
     import_from([str(Path.cwd())])
     space = SearchSpace.read(path)
-    _say(f"space     {path}: {space.summary}")
+    say(f"space     {path}: {space.summary}")
     return space
 
 
@@ -626,7 +572,7 @@ def _find_trial(path: Path, trial_id: str) -> "tuple[Summary, TrialRecord]":
         record = read.trials[ids.index(trial_id)]
     else:
         raise ConfigError(f"--trial {trial_id}: {path} has {', '.join(ids) or 'none'}, and best")
-    _say(f"trial     {record.trial_id} of {path}")
+    say(f"trial     {record.trial_id} of {path}")
     return read, record
 
 
@@ -649,106 +595,6 @@ def _pairs(texts: list[str]) -> dict[str, str]:
             raise ConfigError(f"--set {text}: must be NAME=VALUE, such as --set freeze_depth=2")
         pairs[name] = value
     return pairs
-
-
-def _short_path(path: Path) -> Path:
-    """Return a path as seen from here, where it lies below."""
-    with contextlib.suppress(ValueError):
-        return path.relative_to(Path.cwd())
-    return path
-
-
-def _finish_sweep(outcome: Any) -> int:
-    """Print how a sweep ended and what it found; return the exit code."""
-    from tuneapp.summary import read_summary, write_trials_table
-
-    read = read_summary(outcome.run.path)
-    write_trials_table(outcome.run.path)
-    _print_result(read)
-    path = _short_path(outcome.run.path)
-    if outcome.common_failure is not None:
-        _warn(f"the sweep was stopped: all of its first trials failed: {outcome.common_failure}")
-        _say(f"details   {path}/trials/t0001/error.txt")
-    if outcome.remaining:
-        why = "interrupted"
-        if outcome.common_failure is not None:
-            why = "mend the cause first"
-        elif outcome.out_of_time:
-            why = "the time budget is used up"
-        _say(f"{outcome.remaining} trial(s) to go ({why})")
-        _say(f"resume    python -m tuneapp resume {path}")
-    if read.best is not None:
-        _say(f"model     {path}/trials/{read.best[0].trial_id}/{_checkpoints(read)}")
-        _say(f"again     python -m tuneapp train --from {path} --trial best")
-    _say(f"summary   python -m tuneapp summary {path}")
-    _say(f"curves    tensorboard --logdir {path}/trials")
-    _say("dashboard of Ray, while trials run: with --dashboard on sweep and resume")
-    if outcome.interrupted_by:
-        return 128 + int(outcome.interrupted_by)
-    if read.best is None:
-        return 4
-    return 3 if any(t.state == "failed" for t in read.trials) else 0
-
-
-def _checkpoints(read: "Summary") -> str:
-    return "checkpoints" if read.record.settings.data.folds is None else "fold*/checkpoints"
-
-
-def _finish_training(run: "RunDir") -> int:
-    from tuneapp.summary import read_summary, write_trials_table
-
-    read = read_summary(run.path)
-    write_trials_table(run.path)
-    _print_result(read)
-    _print_applied(read)
-    path = _short_path(run.path)
-    _say(f"model     {path}/trials/t0001/{_checkpoints(read)}")
-    _say(f"curves    tensorboard --logdir {path}/trials")
-    return 0 if read.trials and read.trials[0].state == "finished" else 4
-
-
-def _print_result(read: "Summary") -> None:
-    """Print the table of trials, best first, and what it comes to."""
-    from tuneapp.display import bad_image_lines, result_lines, trials_table, wait_line
-
-    best = read.best
-    _say("")
-    table = trials_table(read.ranked, read.record.settings, best[0].trial_id if best else None)
-    out.print(table)
-    _say("")
-    for line in result_lines(read):
-        _say(line)
-    waited, too_long = wait_line(read)
-    _print_to(*((err, waited, "yellow") if too_long else (out, waited)))
-    for line in bad_image_lines(read):
-        _print_to(err, line, "yellow")
-    for warning in read.record.warnings:
-        _warn(warning)
-
-
-def _print_applied(read: "Summary") -> None:
-    """Print what each trial read back from its optimizer, schedule and parameters."""
-    from tuneapp.display import applied_table
-
-    table, shared = applied_table(read.trials)
-    _say("\napplied, read back from the objects that trained:")
-    out.print(table)
-    if shared:
-        _say(f"all       {shared}")
-    _say("")
-
-
-def _print_examination(found: "Examination") -> None:
-    """Print what a data set is, and a line for each finding, the serious ones in red."""
-    from tuneapp.examination import summary_lines
-
-    for line in summary_lines(found):
-        _say(line)
-    for finding in found.findings:
-        mark, style = ("SERIOUS   ", "bold red") if finding.is_serious else ("finding   ", "yellow")
-        _print_to(out, f"{mark}{finding.kind}: {finding.words}", style)
-    if not found.findings:
-        _print_to(out, "finding   none", "green")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,187 @@
+"""What commands print, and where: the only place besides `cli` that does."""
+
+import contextlib
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from tuneapp.bars import ProgressBars
+
+if TYPE_CHECKING:
+    from tuneapp.display import Progress
+    from tuneapp.examination import Examination
+    from tuneapp.rundir import RunDir, RunRecord
+    from tuneapp.summary import Summary
+
+out = Console()
+err = Console(stderr=True)
+
+
+def print_to(console: Console, line: str, style: str | None = None) -> None:
+    """Print a line as it is, but for what a terminal would obey: names of files can hold it."""
+    shown = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in line)
+    console.print(shown, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def say(line: str) -> None:
+    """Print a line."""
+    print_to(out, line)
+
+
+def warn(line: str) -> None:
+    """Print a warning, where errors go."""
+    print_to(err, f"warning   {line}", "yellow")
+
+
+class LogToStderr(logging.Handler):
+    """Shows warnings; a trial's log.txt has the rest."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print what was logged."""
+        print_to(err, self.format(record), "yellow")
+
+
+class Show:
+    """Shows how images are decoded, then a run, once there is one, to whatever ends it."""
+
+    def __init__(self) -> None:
+        self._stack = contextlib.ExitStack()
+        self._run: RunDir | None = None
+        self._bars = ProgressBars(err)
+
+    def __enter__(self) -> "Show":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self._bars.close()
+        self._stack.close()
+        if self._run is not None and kind is not None and issubclass(kind, KeyboardInterrupt):
+            say(f"resume    python -m tuneapp resume {short_path(self._run.path)}")
+
+    def watch(self, what: str, done: int, total: int) -> None:
+        """Show how far a step over many images is."""
+        self._bars.update(what, done, total)
+
+    def begin(self, run: "RunDir", record: "RunRecord") -> "Progress":
+        """Say what begins, and return the listener to its events."""
+        from tuneapp.display import Progress
+        from tuneapp.ledger import read_events
+
+        self._run = run
+        self._bars.close()
+        for warning in record.warnings:
+            warn(warning)
+        where = f"{record.cpus_per_trial} CPU thread(s)"
+        if record.gpus_per_trial:
+            where = f"{record.gpus_per_trial:g} GPU and {where}"
+        at_once = "" if record.kind == "train" else f"{record.concurrent} trial(s) at once, "
+        say(f"run       {short_path(run.path)}: {at_once}{where} each")
+        known = read_events(run.ledger) if run.ledger.exists() else []
+        progress = Progress(out, record.settings, known)
+        return self._stack.enter_context(progress)
+
+
+def short_path(path: Path) -> Path:
+    """Return a path as seen from here, where it lies below."""
+    with contextlib.suppress(ValueError):
+        return path.relative_to(Path.cwd())
+    return path
+
+
+def print_sweep(outcome: Any) -> int:
+    """Print how a sweep ended and what it found; return the exit code."""
+    from tuneapp.summary import read_summary, write_trials_table
+
+    read = read_summary(outcome.run.path)
+    write_trials_table(outcome.run.path)
+    print_result(read)
+    path = short_path(outcome.run.path)
+    if outcome.common_failure is not None:
+        warn(f"the sweep was stopped: all of its first trials failed: {outcome.common_failure}")
+        say(f"details   {path}/trials/t0001/error.txt")
+    if outcome.remaining:
+        why = "interrupted"
+        if outcome.common_failure is not None:
+            why = "mend the cause first"
+        elif outcome.out_of_time:
+            why = "the time budget is used up"
+        say(f"{outcome.remaining} trial(s) to go ({why})")
+        say(f"resume    python -m tuneapp resume {path}")
+    if read.best is not None:
+        say(f"model     {path}/trials/{read.best[0].trial_id}/{_checkpoints(read)}")
+        say(f"again     python -m tuneapp train --from {path} --trial best")
+    say(f"summary   python -m tuneapp summary {path}")
+    say(f"curves    tensorboard --logdir {path}/trials")
+    say("dashboard of Ray, while trials run: with --dashboard on sweep and resume")
+    if outcome.interrupted_by:
+        return 128 + int(outcome.interrupted_by)
+    if read.best is None:
+        return 4
+    return 3 if any(t.state == "failed" for t in read.trials) else 0
+
+
+def _checkpoints(read: "Summary") -> str:
+    return "checkpoints" if read.record.settings.data.folds is None else "fold*/checkpoints"
+
+
+def print_training(run: "RunDir") -> int:
+    """Print what a single training came to; return the exit code."""
+    from tuneapp.summary import read_summary, write_trials_table
+
+    read = read_summary(run.path)
+    write_trials_table(run.path)
+    print_result(read)
+    print_applied(read)
+    path = short_path(run.path)
+    say(f"model     {path}/trials/t0001/{_checkpoints(read)}")
+    say(f"curves    tensorboard --logdir {path}/trials")
+    return 0 if read.trials and read.trials[0].state == "finished" else 4
+
+
+def print_result(read: "Summary") -> None:
+    """Print the table of trials, best first, and what it comes to."""
+    from tuneapp.display import bad_image_lines, result_lines, trials_table, wait_line
+
+    best = read.best
+    say("")
+    table = trials_table(read.ranked, read.record.settings, best[0].trial_id if best else None)
+    out.print(table)
+    say("")
+    for line in result_lines(read):
+        say(line)
+    waited, too_long = wait_line(read)
+    print_to(*((err, waited, "yellow") if too_long else (out, waited)))
+    for line in bad_image_lines(read):
+        print_to(err, line, "yellow")
+    for warning in read.record.warnings:
+        warn(warning)
+
+
+def print_applied(read: "Summary") -> None:
+    """Print what each trial read back from its optimizer, schedule and parameters."""
+    from tuneapp.display import applied_table
+
+    table, shared = applied_table(read.trials)
+    say("\napplied, read back from the objects that trained:")
+    out.print(table)
+    if shared:
+        say(f"all       {shared}")
+    say("")
+
+
+def print_examination(found: "Examination") -> None:
+    """Print what a data set is, and a line for each finding, the serious ones in red."""
+    from tuneapp.examination import summary_lines
+
+    for line in summary_lines(found):
+        say(line)
+    for finding in found.findings:
+        mark, style = ("SERIOUS   ", "bold red") if finding.is_serious else ("finding   ", "yellow")
+        print_to(out, f"{mark}{finding.kind}: {finding.words}", style)
+    if not found.findings:
+        print_to(out, "finding   none", "green")
