@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
 import torch
 
 from tuneapp.config import RunSettings
@@ -350,7 +351,16 @@ def _patiently(start: Callable[[], Any]) -> Any:
                 raise
             log.warning("Ray did not start within 30 s (attempt %d)", attempt + 1)
             ray.shutdown()
+            _end_half_started()
     raise TuneappError("Ray could not start: the machine is too busy; try again when it is less so")
+
+
+def _end_half_started() -> None:
+    """End what a failed start of Ray leaves behind: it goes on starting, and slows the next one."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if any(f"{os.sep}ray{os.sep}" in word for word in child.cmdline()):
+                child.kill()
 
 
 @contextlib.contextmanager
