@@ -128,7 +128,9 @@ def _test_batches(
     test = replace(images, examples=examples)
     preprocessing = preprocessing_of(config, images.native_size)
     settings: RunSettings = run.settings
-    store = open_store(test, preprocessing, settings.store_budget, watch)
+    # A budget of nothing: no pixel of the test split is kept on the disk.
+    store = open_store(test, preprocessing, 0, watch)
+    settings = replace(settings, workers=None)  # what was asked for stored images, perhaps
     device = choose_device(run)
     batches = Batches(
         store,

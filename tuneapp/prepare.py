@@ -16,7 +16,7 @@ import torch
 from tuneapp.checkpoint import read_best, validated_weights
 from tuneapp.config import RunSettings, TrialConfig, is_reference
 from tuneapp.data.examples import ImageSet
-from tuneapp.data.findings import cheap_findings
+from tuneapp.data.findings import Finding, cheap_findings
 from tuneapp.data.making import Watch
 from tuneapp.data.pixels import Preprocessing
 from tuneapp.data.sampling import Shuffled
@@ -114,7 +114,8 @@ def prepare(
     _refuse(space, (m for c in configs for m in _mistakes_with(c, images)))
     found = {weights_key(c): find_weights(c.model, c.weights) for c in configs}
     _try_weights(configs, images, found, say)
-    images = _decode(configs, images, settings, say, watch)
+    images, findings = _decode(configs, images, settings, say, watch)
+    _refuse(space, _sampling_mistakes(configs, images, settings))
     return Prepared(
         space=space,
         settings=settings,
@@ -122,7 +123,7 @@ def prepare(
         weights=found,
         max_epochs=max(c.epochs for c in configs),
         warnings=tuple(
-            dict.fromkeys([f.warning for f in found.values() if f.warning] + _warnings(images))
+            dict.fromkeys([f.warning for f in found.values() if f.warning] + _warnings(findings))
         ),
         code=fingerprints(
             [reference for c in configs for reference in _references(c)]
@@ -155,8 +156,8 @@ def _require_metric(settings: RunSettings, images: ImageSet) -> None:
 
 def _decode(
     configs: list[TrialConfig], images: ImageSet, settings: RunSettings, say: Say, watch: Watch
-) -> ImageSet:
-    """Decode the images for every preprocessing; return them with what came of each."""
+) -> tuple[ImageSet, list[Finding]]:
+    """Decode the images for every preprocessing; return them with what came of each, and is odd."""
     stores: list[Store] = []
     require_repeatable(images)
     for preprocessing in _preprocessings(configs, images):
@@ -173,23 +174,39 @@ def _decode(
         images = store.stamped(images)
     images = checked_apart(images, _preprocessings(configs, images)[0], "test", watch)
     require_usable(images)
-    for finding in cheap_findings(images):
+    findings = cheap_findings(images)
+    for finding in findings:
         if finding.kind == "unreadable":
             say(f"unread    {finding.words}{_policy(images)}")
-    # Again, now that it is known what can be read: sampling may have no meaning for the rest.
-    stores[0].bad |= [bool(e.bad) for e in images.of("train", "val")]
+    return images, findings
+
+
+def _sampling_mistakes(
+    configs: list[TrialConfig], images: ImageSet, settings: RunSettings
+) -> list[str]:
+    """Return what is wrong with the sampling, now that it is known which images can be read."""
+    store = open_store(images, _preprocessings(configs, images)[0], settings.store_budget)
     substitute = settings.data.bad_images == "substitute"
-    ways = {(c.sampling, c.replacement, c.num_samples): c for c in configs}
-    for config in ways.values():
-        Shuffled(stores[0], config, settings.seed, substitute)
-    return images
+    drawn: dict[tuple[str, bool, int | None], int] = {}
+    for config in configs:
+        way = (config.sampling, config.replacement, config.num_samples)
+        if way not in drawn:
+            try:
+                drawn[way] = Shuffled(store, config, settings.seed, substitute).num_examples
+            except ConfigError as error:
+                return [str(error)]
+    return [
+        mistake
+        for c in configs
+        for mistake in check_steps(c, drawn[(c.sampling, c.replacement, c.num_samples)])
+    ]
 
 
-def _warnings(images: ImageSet) -> list[str]:
+def _warnings(findings: Iterable[Finding]) -> list[str]:
     """Return what the user should know of the data before and after."""
     return [
         finding.words
-        for finding in cheap_findings(images)
+        for finding in findings
         if finding.kind != "unreadable"  # which is told by itself, with its names
         and (finding.is_serious or finding.kind in ("not images", "tiny classes"))
     ]
