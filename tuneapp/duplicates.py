@@ -27,6 +27,7 @@ all marked and re-saved copies of CIFAR-10 and seven tenths of those halved to 1
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import imagehash
@@ -34,6 +35,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from tuneapp.data.decoding import usable_cores
 from tuneapp.thumbnails import SIDE, SMOOTH, Indices, Thumbnails
 
 MAX_BITS = 13
@@ -137,21 +139,34 @@ def _close(hashes: npt.NDArray[np.uint64], num_left: int) -> Iterator[tuple[int,
         num_left: how many of them, from the first, are compared with all that follow.
     """
     most = _most_bits(hashes)
+    starts = range(0, num_left, _ROWS)
     waiting: list[npt.NDArray[np.intp]] = []
-    for start in range(0, num_left, _ROWS):
-        rows = hashes[start : min(start + _ROWS, num_left), None]
-        for at in range(start, len(hashes), _COLUMNS):
-            close = np.bitwise_count(rows ^ hashes[at : at + _COLUMNS]) <= most
-            if close.any():
-                pairs = np.argwhere(close) + np.array([start, at])
-                waiting.append(pairs[pairs[:, 0] < pairs[:, 1]])
-        if sum(map(len, waiting)) >= _PAIRS or start + _ROWS >= num_left:
-            together = np.concatenate([np.zeros((0, 2), dtype=np.intp), *waiting])
-            waiting = []
-            for first in range(0, len(together), _PAIRS):
-                part = together[first : first + _PAIRS]
-                yield start, part[:, 0], part[:, 1]
-        yield start + len(rows), _NOTHING, _NOTHING
+    # Threads: numpy counts bits without Python's lock.
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        rows = pool.map(lambda start: _close_to(hashes, start, num_left, most), starts)
+        for start, pairs in zip(starts, rows, strict=True):
+            waiting.append(pairs)
+            if sum(map(len, waiting)) >= _PAIRS or start + _ROWS >= num_left:
+                together = np.concatenate(waiting)
+                waiting = []
+                for first in range(0, len(together), _PAIRS):
+                    part = together[first : first + _PAIRS]
+                    yield start, part[:, 0], part[:, 1]
+            yield min(start + _ROWS, num_left), _NOTHING, _NOTHING
+
+
+def _close_to(
+    hashes: npt.NDArray[np.uint64], start: int, num_left: int, most: int
+) -> npt.NDArray[np.intp]:
+    """Return the pairs (M, 2) of some rows, from `start`, with all that follow them."""
+    rows = hashes[start : min(start + _ROWS, num_left), None]
+    found = [np.zeros((0, 2), dtype=np.intp)]
+    for at in range(start, len(hashes), _COLUMNS):
+        close = np.bitwise_count(rows ^ hashes[at : at + _COLUMNS]) <= most
+        if close.any():
+            pairs = np.argwhere(close) + np.array([start, at])
+            found.append(pairs[pairs[:, 0] < pairs[:, 1]])
+    return np.concatenate(found)
 
 
 def _most_bits(hashes: npt.NDArray[np.uint64]) -> int:

@@ -156,9 +156,14 @@ def in_parallel(
             raise
 
 
-def _executor(num_files: int) -> Executor:
+def usable_cores() -> int:
+    """Return the CPU cores that this process may use."""
     has_affinity = hasattr(os, "sched_getaffinity")
-    workers = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+
+
+def _executor(num_files: int) -> Executor:
+    workers = usable_cores()
     if num_files < PROCESSES_FROM:
         return ThreadPoolExecutor(workers)
     return ProcessPoolExecutor(
