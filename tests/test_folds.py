@@ -9,6 +9,7 @@ import torch
 from tuneapp.checkpoint import Row
 from tuneapp.config import Data, RunSettings, TrialConfig
 from tuneapp.data.source import read_images
+from tuneapp.errors import CheckpointError
 from tuneapp.folds import fold_folder, run_whole
 from tuneapp.records import TrialRecord, best_record, spread_of
 from tuneapp.training import TrialRun
@@ -123,3 +124,23 @@ def test_folds_of_a_sweeps_folder_have_their_own_checkpoints(
     files = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("manifest.json")}
     assert files == {"fold1", "fold2", "fold3"}
     assert any(tmp_path.glob("events.out.tfevents.*"))  # of the means
+
+
+def test_a_checkpoint_of_before_there_was_sampling_is_gone_on_with(
+    run: TrialRun, config: TrialConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = TrialConfig.as_dict
+    later = ("sampling", "replacement", "num_samples")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            TrialConfig,
+            "as_dict",
+            lambda self: {k: v for k, v in new(self).items() if k not in later},
+        )
+        run_trial(replace(config, epochs=2), replace(run, folder=tmp_path), lambda row: None)
+    rows: list[Row] = []
+    run_trial(config, run, rows.append, resume_from=tmp_path / "checkpoints")
+    assert [row["epoch"] for row in rows] == [1, 2]
+    with pytest.raises(CheckpointError, match="another configuration"):
+        balanced = replace(config, sampling="balanced")
+        run_trial(balanced, run, rows.append, resume_from=tmp_path / "checkpoints")

@@ -10,14 +10,12 @@ from pathlib import Path
 import torch
 
 from tuneapp.checkpoint import read_best, validated_weights
-from tuneapp.config import RunSettings, TrialConfig
+from tuneapp.config import TrialConfig
 from tuneapp.data.batches import Batches
 from tuneapp.data.examples import ImageSet
 from tuneapp.data.making import Watch
-from tuneapp.data.sampling import InOrder
 from tuneapp.data.split import require_unchanged
 from tuneapp.data.store import open_store
-from tuneapp.data.views import evaluation_view
 from tuneapp.errors import DataError
 from tuneapp.folds import fold_folder
 from tuneapp.ledger import Ledger, read_events
@@ -27,7 +25,13 @@ from tuneapp.models import build_staged
 from tuneapp.prepare import assemble, read_run_images
 from tuneapp.records import read_records
 from tuneapp.rundir import open_run
-from tuneapp.training import TrialRun, choose_device, choose_dtype, choose_workers
+from tuneapp.training import (
+    TrialRun,
+    choose_device,
+    choose_dtype,
+    choose_workers,
+    evaluation_batches,
+)
 from tuneapp.weights import preprocessing_of
 
 OPENED, RESULT = "test_opened", "test_result"
@@ -127,21 +131,12 @@ def _test_batches(
     examples = tuple(replace(e, split="val") for e in images.of("test"))
     test = replace(images, examples=examples)
     preprocessing = preprocessing_of(config, images.native_size)
-    settings: RunSettings = run.settings
     # A budget of nothing: no pixel of the test split is kept on the disk.
     store = open_store(test, preprocessing, 0, watch)
-    settings = replace(settings, workers=None)  # what was asked for stored images, perhaps
+    settings = replace(run.settings, workers=None)  # what was asked for stored images, perhaps
     device = choose_device(run)
-    batches = Batches(
-        store,
-        InOrder(store, "val"),
-        view=evaluation_view(preprocessing),
-        preprocessing=preprocessing,
-        batch_size=config.batch_size,
-        device=device,
-        channels_last=config.channels_last,
-        workers=choose_workers(settings, store, run.num_threads, device),
-    )
+    workers = choose_workers(settings, store, run.num_threads, device)
+    batches = evaluation_batches(config, store, preprocessing, device, workers)
     if not batches.num_examples:
         raise DataError("none of the test images can be read")
     return store.stamped(test), batches, device

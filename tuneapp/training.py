@@ -181,7 +181,18 @@ def _open_batches(
         channels_last=config.channels_last,
         workers=workers,
     )
-    val = Batches(
+    return train, evaluation_batches(config, store, preprocessing, device, workers)
+
+
+def evaluation_batches(
+    config: TrialConfig,
+    store: Store,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    workers: int,
+) -> Batches:
+    """Return the `val` examples of a store as they are, in its order."""
+    return Batches(
         store,
         InOrder(store, "val"),
         view=evaluation_view(preprocessing),
@@ -191,7 +202,6 @@ def _open_batches(
         channels_last=config.channels_last,
         workers=workers,
     )
-    return train, val
 
 
 def choose_workers(

@@ -186,7 +186,7 @@ def _opened_or_downloaded(
     if arguments:
         try:
             return kind(str(root), **chosen)
-        except Exception:
+        except Exception:  # each data set has its own error for files that are not there
             return kind(str(root), **chosen, **arguments)
     return kind(str(root), **chosen)
 

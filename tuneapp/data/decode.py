@@ -250,7 +250,7 @@ def _orientation(image: Image.Image) -> object:
         exif = Image.Exif()
         exif.load(image.info.get("exif", b""))
         return exif.get(ExifTags.Base.Orientation, 1)
-    except Exception:
+    except Exception:  # Pillow raises nearly anything for damaged EXIF
         return 1
 
 

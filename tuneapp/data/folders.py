@@ -2,6 +2,7 @@
 
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
@@ -49,7 +50,7 @@ def read_folder(data: Data) -> ImageSet:
     return reader.result()
 
 
-class _Reader:
+class _Reader(ABC):
     """Walks folders, and gathers examples under the names of their classes."""
 
     def __init__(self, root: Path, data: Data) -> None:
@@ -58,8 +59,9 @@ class _Reader:
         self.found: list[tuple[str, str, os.stat_result | None, str]] = []
         self.skipped: list[Skipped] = []
 
+    @abstractmethod
     def read(self, place: Path, split: str) -> None:
-        raise NotImplementedError
+        """Take the images below `place`, all of one split."""
 
     def classes(self) -> list[str]:
         """Return the classes in their order: the asked ones, or those that were found."""
