@@ -3,6 +3,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,16 +19,29 @@ from torch import nn
 from torch.nn import functional as F
 
 import tuneapp
+from tuneapp import checkpoint
 from tuneapp import config as c
 from tuneapp.average import WeightAverage
-from tuneapp.checkpoint import MANIFEST, TrainState, read_best, validated_weights
+from tuneapp.checkpoint import (
+    MANIFEST,
+    TrainState,
+    bytes_of,
+    drop,
+    frozen_parts,
+    keep_only_best,
+    read_best,
+    validated_weights,
+)
 from tuneapp.config import Cosine, Plateau, Sgd, TrialConfig
-from tuneapp.errors import CheckpointError
+from tuneapp.errors import CheckpointError, WeightsError
 from tuneapp.families import RESNET
 from tuneapp.models import freeze_as
 from tuneapp.optim import build_optimizer
 from tuneapp.schedules import Schedule
 from tuneapp.staged import StagedModel
+from tuneapp.statedict import read_state_dict
+from tuneapp.training import TrialRun
+from tuneapp.trial import run_trial
 
 CONFIG = TrialConfig(
     model="resnet18",
@@ -88,12 +102,19 @@ def train(state: TrainState, *, is_best: bool) -> None:
         state.best_epoch = state.epoch
 
 
-def trained(folder: Path, *, epochs: int, best: int) -> TrainState:
+def trained(
+    folder: Path,
+    *,
+    epochs: int,
+    best: int,
+    frozen: Path | None = None,
+    config: TrialConfig = CONFIG,
+) -> TrainState:
     """Train and save each epoch; `best` is the last epoch that was better than those before."""
-    state = fresh()
+    state = fresh(config)
     for epoch in range(1, epochs + 1):
         train(state, is_best=epoch in (1, best))
-        state.save(folder)
+        state.save(folder, frozen)
     return state
 
 
@@ -115,12 +136,30 @@ def everything(state: TrainState) -> bytes:
     return repr(states + [plain(r) for r in rest]).encode()
 
 
+PART = re.compile(r"[0-9a-f]{32}\.pt")
+
+
 def checkpoints(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir())
+    """All files but those with what is frozen."""
+    return sorted(p.name for p in folder.iterdir() if not PART.fullmatch(p.name))
+
+
+def parts_in(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if PART.fullmatch(p.name))
+
+
+def sha256(file: Path) -> str:
+    done = subprocess.run(["sha256sum", file], capture_output=True, text=True, check=True)
+    return done.stdout.split()[0]
+
+
+def entries(folder: Path) -> dict[str, Any]:
+    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    return manifest
 
 
 def epoch_file(folder: Path, kind: str) -> Path:
-    return folder / json.loads((folder / MANIFEST).read_text())[kind]["file"]
+    return folder / str(entries(folder)[kind]["file"])
 
 
 def truncate(file: Path) -> None:
@@ -167,17 +206,22 @@ def test_what_was_read_is_what_was_saved(tmp_path: Path) -> None:
     ("epochs", "best", "kept"),
     [
         (1, 1, ["epoch-0001.pt"]),
-        (2, 2, ["epoch-0002.pt"]),
+        (2, 2, ["epoch-0001.pt", "epoch-0002.pt"]),
         (4, 2, ["epoch-0002.pt", "epoch-0004.pt"]),
         (4, 1, ["epoch-0001.pt", "epoch-0004.pt"]),
-        (4, 4, ["epoch-0004.pt"]),
+        (4, 4, ["epoch-0003.pt", "epoch-0004.pt"]),
     ],
 )
-def test_only_the_last_and_the_best_epoch_are_kept(
+def test_the_last_and_the_best_epoch_are_kept_and_the_one_before_where_they_are_one(
     epochs: int, best: int, kept: list[str], tmp_path: Path
 ) -> None:
     trained(tmp_path, epochs=epochs, best=best)
     assert checkpoints(tmp_path) == [*kept, MANIFEST]
+    said = entries(tmp_path)
+    assert (said["last"]["epoch"], said["best"]["epoch"]) == (epochs, best)
+    assert ("previous" in said) == (epochs == best > 1)
+    for entry in said.values():
+        assert entry["sha256"] == sha256(tmp_path / entry["file"])
 
 
 def test_the_best_epoch_is_read_as_it_was_then(tmp_path: Path) -> None:
@@ -435,6 +479,355 @@ def test_without_an_average_the_model_is_what_was_validated(tmp_path: Path) -> N
     assert all(torch.equal(read[name], tensor) for name, tensor in own.items())
 
 
+# --- What is frozen -------------------------------------------------------------------------------
+
+STAGES = ["conv1 bn1", "layer1", "layer2", "layer3", "layer4", "fc"]
+
+
+def frozen_by_hand(depth: int) -> set[str]:
+    """Names in the first stages of the network of `fresh`, which has nothing but BatchNorm."""
+    modules = " ".join(STAGES[:depth]).split()
+    names = fresh().model.state_dict()
+    return {name for name in names if name.split(".")[1] in modules}
+
+
+def left_out(content: dict[str, Any], of: str = "model") -> set[str]:
+    return {name for name, tensor in content[of].items() if tensor is None}
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+@pytest.mark.parametrize("depth", range(6))
+def test_an_epoch_holds_only_what_is_trained_and_each_frozen_stage_has_a_file(
+    depth: int, ema_decay: float | None, tmp_path: Path
+) -> None:
+    config = replace(CONFIG, freeze_depth=depth, ema_decay=ema_decay)
+    trained(tmp_path, epochs=1, best=1, config=config)
+    content = torch.load(tmp_path / "epoch-0001.pt", weights_only=True)
+    wanted = frozen_by_hand(depth)
+    assert left_out(content) == wanted
+    if ema_decay is not None:
+        assert left_out(content, "ema") == {f"module.{name}" for name in wanted}
+    held = [set(torch.load(file, weights_only=True)) for file in parts_in(tmp_path)]
+    assert len(held) == depth
+    assert set().union(*held) == wanted
+    assert sum(map(len, held)) == len(wanted)
+
+
+def test_buffers_that_follow_the_data_stay_in_the_checkpoint(tmp_path: Path) -> None:
+    trained(tmp_path, epochs=1, best=1, config=replace(CONFIG, frozen_batchnorm="train"))
+    parameters = {name for name, _ in fresh().model.named_parameters()}
+    content = torch.load(tmp_path / "epoch-0001.pt", weights_only=True)
+    assert left_out(content) == frozen_by_hand(3) & parameters
+
+
+def test_parameters_that_are_frozen_by_name_go_with_their_batchnorm(tmp_path: Path) -> None:
+    config = replace(CONFIG, freeze_depth=0, freeze=("*layer2.1.*", "*layer3.0.weight", "bn1.bias"))
+    trained(tmp_path, epochs=2, best=2, config=config)
+    content = torch.load(tmp_path / "epoch-0002.pt", weights_only=True)
+    norm = {f"network.layer2.1.{n}" for n in ("weight", "bias", "running_mean", "running_var")}
+    assert left_out(content) == norm | {
+        "network.layer2.1.num_batches_tracked",
+        "network.layer3.0.weight",
+        "network.bn1.bias",  # whose BatchNorm trains its weight, and so follows the data
+    }
+    assert len(parts_in(tmp_path)) == 3
+
+
+class Counter(nn.Module):
+    """It counts in `eval()`, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return x
+
+
+def test_a_buffer_of_ones_own_in_a_frozen_stage_is_not_taken_for_frozen(tmp_path: Path) -> None:
+    def begin() -> TrainState:
+        state = fresh()
+        state.model.network.layer1.append(Counter())
+        state.model.stages[1].module[0] = state.model.network.layer1
+        return state
+
+    state = begin()
+    for _ in range(2):
+        train(state, is_best=True)
+        state.save(tmp_path)
+    read = begin()
+    assert read.load(tmp_path)
+    assert read.model.network.layer1[2].calls == state.model.network.layer1[2].calls == 2 * STEPS
+
+
+def test_trials_share_what_they_freeze_and_the_files_lie_in_the_folder_of_the_run(
+    tmp_path: Path,
+) -> None:
+    frozen = tmp_path / "frozen"
+    for depth in (2, 5, 3):
+        config = replace(CONFIG, freeze_depth=depth, seed=depth)
+        trained(tmp_path / str(depth), epochs=2, best=2, frozen=frozen, config=config)
+        assert not parts_in(tmp_path / str(depth))
+        needed = frozen_parts(tmp_path / str(depth))
+        assert len(needed) == depth
+        assert needed <= set(frozen.iterdir())
+        for entry in entries(tmp_path / str(depth)).values():
+            assert len(entry["parts"]) == depth
+            for path, said in entry["parts"].items():
+                assert not Path(path).is_absolute()
+                assert said == sha256(tmp_path / str(depth) / path)
+    assert len(list(frozen.iterdir())) == 5
+
+
+def test_the_same_numbers_are_one_file_whatever_their_layout_in_memory(tmp_path: Path) -> None:
+    for place, layout in enumerate((torch.contiguous_format, torch.channels_last)):
+        state = fresh()
+        state.model.to(memory_format=layout)
+        train(state, is_best=True)
+        state.save(tmp_path / str(place), tmp_path / "frozen")
+    assert len(list((tmp_path / "frozen").iterdir())) == 3
+
+
+def test_a_run_directory_can_be_moved(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "a"
+    wanted = everything(trained(run / "t1/checkpoints", epochs=2, best=2, frozen=run / "frozen"))
+    (tmp_path / "elsewhere/deep").mkdir(parents=True)
+    run.rename(tmp_path / "elsewhere/deep/b")
+    state = fresh(seed=99)
+    folder = tmp_path / "elsewhere/deep/b/t1/checkpoints"
+    assert state.load(folder)
+    assert everything(state) == wanted
+    assert frozen_parts(folder) == set((tmp_path / "elsewhere/deep/b/frozen").iterdir())
+
+
+def test_a_trial_may_lie_behind_a_link(tmp_path: Path) -> None:
+    (tmp_path / "far/away/disk").mkdir(parents=True)
+    (tmp_path / "t1").symlink_to(tmp_path / "far/away/disk")
+    wanted = everything(trained(tmp_path / "t1", epochs=2, best=2, frozen=tmp_path / "frozen"))
+    state = fresh(seed=99)
+    assert state.load(tmp_path / "t1")
+    assert everything(state) == wanted
+
+
+def test_what_is_frozen_is_written_once_and_again_where_a_stage_is_unfrozen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[set[str]] = []
+    really = checkpoint._write_part
+
+    def write(tensors: Any, folder: Path) -> str:
+        written.append(set(tensors))
+        return really(tensors, folder)
+
+    monkeypatch.setattr(checkpoint, "_write_part", write)
+    state = fresh(GRADUAL)
+    for epoch, depth in ((1, 4), (2, 3), (3, 3), (4, 0), (5, 0)):
+        written.clear()
+        train(state, is_best=epoch == 1)
+        state.save(tmp_path / "a", tmp_path / "frozen")
+        assert len(written) == (depth if epoch in (1, 2) else 0)
+        content = torch.load(tmp_path / f"a/epoch-{epoch:04d}.pt", weights_only=True)
+        assert left_out(content) == frozen_by_hand(depth)
+    assert len(list((tmp_path / "frozen").iterdir())) == 4
+
+
+def test_a_stage_that_was_trained_and_is_frozen_again_is_kept_as_it_is_then(
+    tmp_path: Path,
+) -> None:
+    config = replace(CONFIG, unfreeze_at={2: 0, 3: 3})
+    state = fresh(config)
+    for epoch in range(1, 4):
+        train(state, is_best=epoch == 1)
+        if epoch != 2:
+            state.save(tmp_path)
+    read = fresh(config, seed=99)
+    assert read.load(tmp_path)
+    assert everything(read) == everything(state)
+
+
+def test_what_was_read_replaces_what_was_written_before(tmp_path: Path) -> None:
+    trained(tmp_path / "a", epochs=1, best=1)
+    state = fresh(seed=99)
+    train(state, is_best=True)
+    state.save(tmp_path / "b", tmp_path / "frozen")
+    state.load(tmp_path / "a")
+    state.save(tmp_path / "b", tmp_path / "frozen")
+    read = fresh()
+    assert read.load(tmp_path / "b")
+    assert everything(read) == everything(state)
+
+
+def test_an_existing_file_is_relied_on_and_not_written_again(tmp_path: Path) -> None:
+    frozen = tmp_path / "frozen"
+    trained(tmp_path / "a", epochs=1, best=1, frozen=frozen)
+    before = {file: file.stat().st_ino for file in frozen.iterdir()}
+    trained(tmp_path / "b", epochs=2, best=2, frozen=frozen)
+    assert {file: file.stat().st_ino for file in frozen.iterdir()} == before
+
+
+@pytest.mark.parametrize("spoil", [truncate, flip_a_bit, Path.unlink])
+def test_a_damaged_file_with_what_is_frozen_is_written_again_by_the_next_trial(
+    spoil: Callable[[Path], object], tmp_path: Path
+) -> None:
+    frozen = tmp_path / "frozen"
+    wanted = everything(trained(tmp_path / "a", epochs=2, best=2, frozen=frozen))
+    before = {file: file.read_bytes() for file in frozen.iterdir()}
+    spoil(sorted(before)[1])
+    assert not fresh().load(tmp_path / "a")
+    trained(tmp_path / "b", epochs=1, best=1, frozen=frozen)
+    assert {file: file.read_bytes() for file in frozen.iterdir()} == before
+    state = fresh(seed=99)
+    assert state.load(tmp_path / "a")
+    assert everything(state) == wanted
+
+
+def test_a_file_that_was_removed_while_a_trial_ran_comes_back_with_its_next_epoch(
+    tmp_path: Path,
+) -> None:
+    state = trained(tmp_path / "a", epochs=1, best=1, frozen=tmp_path / "frozen")
+    for file in frozen_parts(tmp_path / "a"):
+        file.unlink()
+    train(state, is_best=False)
+    state.save(tmp_path / "a", tmp_path / "frozen")
+    assert fresh().load(tmp_path / "a")
+
+
+def test_beside_the_checkpoints_lies_what_they_need_and_nothing_else(tmp_path: Path) -> None:
+    state = fresh(GRADUAL)
+    for epoch, files in ((1, 4), (2, 4), (3, 3), (4, 3), (5, 0)):
+        train(state, is_best=epoch != 2)
+        state.save(tmp_path)
+        assert len(parts_in(tmp_path)) == files  # the deepest of the epochs that are kept
+        assert frozen_parts(tmp_path) == set(parts_in(tmp_path))
+
+
+def test_the_average_of_what_is_frozen_is_kept_to_the_bit(tmp_path: Path) -> None:
+    config = replace(CONFIG, ema_decay=0.9)
+
+    def begin(seed: int) -> TrainState:
+        state = fresh(config, seed)
+        with torch.no_grad():  # the average makes 0.0 of it, and rounds the counter
+            state.model.network.conv1.weight.fill_(-0.0)
+            state.model.network.bn1.num_batches_tracked.fill_(16_777_219)
+        return replace(state, average=WeightAverage(state.model, 0.9))
+
+    straight = begin(0)
+    for epoch in range(1, 6):
+        train(straight, is_best=epoch == 1)
+    assert straight.average is not None
+    averaged = straight.average.model.network
+    assert averaged.conv1.weight.detach().numpy().tobytes().strip(b"\0") == b""
+    assert averaged.bn1.num_batches_tracked != 16_777_219
+
+    state = begin(0)
+    for epoch in range(1, 5):
+        train(state, is_best=epoch == 1)
+        saved = everything(state)
+        state.save(tmp_path)
+    read = fresh(config, seed=99)
+    assert read.load(tmp_path)
+    assert everything(read) == saved
+    train(read, is_best=False)
+    assert everything(read) == everything(straight)
+
+
+def test_the_names_of_a_checkpoint_come_in_the_order_of_the_network(tmp_path: Path) -> None:
+    state = trained(tmp_path, epochs=1, best=1)
+    assert list(read_best(tmp_path)["model"]) == list(state.model.state_dict())
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_weights_of_a_checkpoint_are_whole(ema_decay: float | None, tmp_path: Path) -> None:
+    config = replace(CONFIG, ema_decay=ema_decay)
+    state = trained(tmp_path / "a", epochs=2, best=2, frozen=tmp_path / "frozen", config=config)
+    file = tmp_path / "a/epoch-0002.pt"
+    weights = read_state_dict(file, file.stat().st_mtime_ns)
+    validated = state.model if state.average is None else state.average.model
+    for name, tensor in validated.state_dict().items():
+        (given,) = [t for n, t in weights.items() if n.removeprefix("module.") == name]
+        assert torch.equal(given, tensor)
+
+
+@pytest.mark.parametrize("spoil", [truncate, flip_a_bit, Path.unlink])
+def test_weights_of_a_checkpoint_with_a_damaged_part_are_refused(
+    spoil: Callable[[Path], object], tmp_path: Path
+) -> None:
+    trained(tmp_path, epochs=1, best=1)
+    part = parts_in(tmp_path)[1]
+    spoil(part)
+    file = tmp_path / "epoch-0001.pt"
+    with pytest.raises(WeightsError, match=f"{part.name}, a part of a checkpoint, "):
+        read_state_dict(file, file.stat().st_mtime_ns)
+
+
+def test_other_files_may_have_a_key_of_the_same_name(tmp_path: Path) -> None:
+    file = tmp_path / "other.pt"
+    torch.save({"state_dict": {"w": torch.ones(1)}, "frozen_parts": {}, "model": 3}, file)
+    assert list(read_state_dict(file, 1)) == ["w"]
+    torch.save({"w": torch.ones(1), "frozen_parts": torch.ones(1)}, file)
+    assert list(read_state_dict(file, 2)) == ["w", "frozen_parts"]
+    torch.save({"model": {"w": torch.ones(1), "v": None}, "frozen_parts": {}}, file)
+    with pytest.raises(WeightsError, match="lacks v, and so do its parts"):
+        read_state_dict(file, 3)
+
+
+def in_the_old_form(folder: Path, *, epochs: int, best: int) -> TrainState:
+    """As `trained`, but written as it was before what is frozen had files of its own."""
+    folder.mkdir()
+    state, manifest = fresh(replace(CONFIG, ema_decay=0.9)), {}
+    for epoch in range(1, epochs + 1):
+        train(state, is_best=epoch in (1, best))
+        assert state.average is not None
+        file = folder / f"epoch-{epoch:04d}.pt"
+        content = {
+            "config": json.dumps(state.config.as_dict(), sort_keys=True),
+            "model": state.model.state_dict(),
+            "loss": {},
+            "ema": state.average.state_dict(),
+            "optimizer": state.optimizer.state_dict(),
+            "schedule": state.schedule.state_dict(),
+            "scaler": state.scaler.state_dict(),
+            "history": state.history,
+            "best_epoch": state.best_epoch,
+            "generators": {"cpu": torch.get_rng_state(), "cuda": None},
+        }
+        torch.save(content, file)
+        manifest["last"] = {"file": file.name, "epoch": epoch, "sha256": sha256(file)}
+        if state.best_epoch == epoch:
+            manifest["best"] = manifest["last"]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    return state
+
+
+def test_a_checkpoint_of_before_there_were_parts_is_gone_on_with(tmp_path: Path) -> None:
+    state = in_the_old_form(tmp_path / "a", epochs=3, best=2)
+    wanted = everything(state)
+    read = fresh(state.config, seed=99)
+    assert read.load(tmp_path / "a")
+    assert everything(read) == wanted
+    assert frozen_parts(tmp_path / "a") == set()
+    assert len(read_best(tmp_path / "a")["history"]) == 2
+    train(read, is_best=False)
+    read.save(tmp_path / "a")
+    assert checkpoints(tmp_path / "a") == ["epoch-0002.pt", "epoch-0004.pt", MANIFEST]
+    wanted = everything(in_the_old_form(tmp_path / "b", epochs=4, best=2))
+    again = fresh(state.config, seed=98)
+    assert again.load(tmp_path / "a")
+    assert everything(again) == wanted
+
+
+def test_a_trial_keeps_what_is_frozen_where_its_run_says(
+    config: TrialConfig, run: TrialRun, tmp_path: Path
+) -> None:
+    placed = replace(run, folder=tmp_path / "t0001", frozen_folder=tmp_path / "frozen")
+    run_trial(replace(config, epochs=1), placed, lambda row: None)
+    parts = set((tmp_path / "frozen").iterdir())
+    assert len(parts) == 5
+    assert frozen_parts(tmp_path / "t0001/checkpoints") == parts
+    assert not parts_in(tmp_path / "t0001/checkpoints")
+
+
 # --- Damage ---------------------------------------------------------------------------------------
 
 
@@ -469,7 +862,7 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_best_and_says_so(
     assert everything(state) == wanted
     (warning,) = caplog.messages
     assert "epoch-0004.pt" in warning
-    assert "falling back" in warning
+    assert "falling back, to go on after epoch 2" in warning
 
 
 def test_after_a_fall_back_the_lost_epochs_are_trained_and_saved_again(tmp_path: Path) -> None:
@@ -501,21 +894,188 @@ def test_with_no_intact_checkpoint_the_training_begins_anew_and_says_so(
     spoil: Callable[[Path], object], best: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trained(tmp_path, epochs=4, best=best)
-    for file in {epoch_file(tmp_path, kind) for kind in ("last", "best")}:
+    files = {epoch_file(tmp_path, kind) for kind in entries(tmp_path)}
+    assert len(files) == 2
+    for file in files:
         spoil(file)
     state = fresh()
     before = everything(state)
     with caplog.at_level(logging.WARNING, logger="tuneapp.checkpoint"):
         assert not state.load(tmp_path)
     assert everything(state) == before
+    *causes, last = caplog.messages
+    assert "starts from its beginning" in last
+    assert all(any(str(file) in cause for cause in causes) for file in files)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        '{"last": ',
+        "{}",
+        '{"kept": "much"}',
+        '{"last": null}',
+        '{"last": {"file": "epoch-0002.pt", "epoch": 2}}',
+        '{"last": {"file": "epoch-0002.pt", "epoch": "two", "sha256": ""}}',
+        '{"last": {"file": "epoch-0002.pt", "epoch": 2, "sha256": "", "parts": 3}}',
+    ],
+)
+def test_a_damaged_manifest_is_no_checkpoint(
+    text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained(tmp_path, epochs=2, best=2)
+    (tmp_path / MANIFEST).write_text(text)
+    caplog.clear()
+    assert not fresh().load(tmp_path)
+    (warning,) = caplog.messages
+    assert f"{MANIFEST} is damaged" in warning
+    with pytest.raises(CheckpointError, match="no intact best"):
+        read_best(tmp_path)
+    assert frozen_parts(tmp_path) == set()
+    keep_only_best(tmp_path)
+    assert (tmp_path / MANIFEST).read_text() == text
+
+
+def test_a_manifest_that_cannot_be_read_is_an_error_and_nothing_is_written_over(
+    tmp_path: Path,
+) -> None:
+    state = trained(tmp_path, epochs=2, best=2)
+    (tmp_path / MANIFEST).unlink()
+    (tmp_path / MANIFEST).mkdir()  # as good as a disk that does not answer
+    before = checkpoints(tmp_path)
+    train(state, is_best=True)
+    for use in (state.save, fresh().load, read_best, keep_only_best, frozen_parts):
+        with pytest.raises(CheckpointError, match=f"{MANIFEST} cannot be read: "):
+            use(tmp_path)
+    assert checkpoints(tmp_path) == before
+
+
+def test_a_damaged_last_checkpoint_that_is_the_best_falls_back_to_the_epoch_before(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted = everything(trained(tmp_path / "whole", epochs=5, best=4))
+    trained(tmp_path / "damaged", epochs=4, best=4)
+    flip_a_bit(epoch_file(tmp_path / "damaged", "last"))
+    state = fresh(seed=99)
+    assert state.load(tmp_path / "damaged")
+    assert state.epoch == 3
+    (warning,) = caplog.messages
+    assert re.search(r"epoch-0004\.pt is damaged .* to go on after epoch 3$", warning)
+    for epoch in (4, 5):
+        train(state, is_best=epoch == 4)
+        state.save(tmp_path / "damaged")
+    assert everything(state) == wanted
+    assert checkpoints(tmp_path / "damaged") == checkpoints(tmp_path / "whole")
+
+
+def test_checkpoints_are_tried_from_the_newest_to_the_oldest(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted, manifest = {}, {}
+    for epoch, kind in ((1, "best"), (3, "previous"), (4, "last")):
+        wanted[epoch] = everything(trained(tmp_path / str(epoch), epochs=epoch, best=1))
+        epoch_file(tmp_path / str(epoch), "last").rename(tmp_path / f"epoch-000{epoch}.pt")
+        for part in parts_in(tmp_path / str(epoch)):
+            part.rename(tmp_path / part.name)
+        manifest[kind] = entries(tmp_path / str(epoch))["last"]
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    for epoch, damaged in ((4, []), (3, [4]), (1, [4, 3])):
+        caplog.clear()
+        state = fresh(seed=99)
+        assert state.load(tmp_path)
+        assert everything(state) == wanted[epoch]
+        warnings = [m for m in caplog.messages if "goes on" not in m]
+        assert len(warnings) == len(damaged)
+        for number, warning in zip(damaged, warnings, strict=True):
+            assert f"epoch-000{number}.pt" in warning
+            assert f"after epoch {epoch}" in warning
+        flip_a_bit(tmp_path / f"epoch-000{epoch}.pt")
+    assert not fresh().load(tmp_path)
+
+
+@pytest.mark.parametrize("spoil", [truncate, flip_a_bit, Path.unlink])
+def test_a_checkpoint_with_a_damaged_part_is_a_damaged_checkpoint(
+    spoil: Callable[[Path], object], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Epoch 1 needs the frozen stage that epoch 2 trains.
+    state = fresh(GRADUAL)
+    for epoch in (1, 2):
+        train(state, is_best=epoch == 1)
+        state.save(tmp_path)
+    wanted = everything(state)
+    only = {tmp_path / p for p in entries(tmp_path)["best"]["parts"]}
+    only -= {tmp_path / p for p in entries(tmp_path)["last"]["parts"]}
+    (part,) = only
+    spoil(part)
+    read = fresh(GRADUAL, seed=99)
+    assert read.load(tmp_path)
+    assert everything(read) == wanted
+    with pytest.raises(CheckpointError, match=f"no intact best.*epoch-0001.*{part.name}"):
+        read_best(tmp_path)
+    shared = next(iter(entries(tmp_path)["last"]["parts"]))
+    spoil(tmp_path / shared)
+    caplog.clear()
+    assert not fresh(GRADUAL).load(tmp_path)
+    assert sum(shared in message for message in caplog.messages) >= 1
     assert "starts from its beginning" in caplog.messages[-1]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"last": '])
-def test_a_damaged_manifest_is_no_checkpoint(text: str, tmp_path: Path) -> None:
-    trained(tmp_path, epochs=2, best=2)
-    (tmp_path / MANIFEST).write_text(text)
-    assert not fresh().load(tmp_path)
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"",
+        b"garbage",
+        b"PK\x03\x04 and no more",
+        pickle.dumps([1, 2]),
+        pickle.dumps(range),
+        b"\x80\x02}q\x00",
+        b"\x80\x02(",
+        bytes(range(256)),
+    ],
+    ids=repr,
+)
+def test_garbage_that_the_manifest_vouches_for_is_a_damaged_checkpoint(
+    garbage: bytes, tmp_path: Path
+) -> None:
+    wanted = everything(trained(tmp_path / "to_two", epochs=2, best=2))
+    trained(tmp_path / "to_four", epochs=4, best=2)
+    file = epoch_file(tmp_path / "to_four", "last")
+    file.write_bytes(garbage)
+    vouch_for(file)
+    state = fresh(seed=99)
+    assert state.load(tmp_path / "to_four")
+    assert everything(state) == wanted
+
+
+def test_best_weights_that_were_lost_are_not_replaced_by_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # On a GPU, epoch 4 need not turn out twice as the best, and epoch 1 is gone.
+    trained(tmp_path, epochs=4, best=4)
+    flip_a_bit(epoch_file(tmp_path, "last"))
+    state = fresh()
+    assert state.load(tmp_path)
+    assert (state.epoch, state.best_epoch) == (3, 1)
+    train(state, is_best=False)
+    caplog.clear()
+    state.save(tmp_path)
+    assert caplog.messages == ["the weights of the best epoch, 1, are lost"]
+    assert checkpoints(tmp_path) == ["epoch-0003.pt", "epoch-0004.pt", MANIFEST]
+    with pytest.raises(CheckpointError, match="no intact best"):
+        read_best(tmp_path)
+    keep_only_best(tmp_path)  # there is none
+    assert fresh().load(tmp_path)
+    flip_a_bit(epoch_file(tmp_path, "last"))
+    read = fresh()
+    assert read.load(tmp_path)
+    assert read.epoch == 3
+    train(state, is_best=True)
+    state.save(tmp_path)
+    assert len(read_best(tmp_path)["history"]) == 5
 
 
 @pytest.mark.parametrize(
@@ -539,6 +1099,15 @@ def test_a_checkpoint_of_another_configuration_is_refused(
     assert everything(state) == before
 
 
+def vouch_for(file: Path) -> None:
+    """Give the manifest the hash that a file has now."""
+    manifest = entries(file.parent)
+    for entry in manifest.values():
+        if entry["file"] == file.name:
+            entry["sha256"] = sha256(file)
+    (file.parent / MANIFEST).write_text(json.dumps(manifest))
+
+
 class Touch:
     """Unpickled as code, it makes a file."""
 
@@ -559,11 +1128,7 @@ def test_code_in_a_checkpoint_is_never_run(
     content = torch.load(file, weights_only=True)
     write({**content, "extra": Touch(marker)}, file)
     if is_named_in_manifest:
-        manifest = json.loads((tmp_path / MANIFEST).read_text())
-        sha256 = subprocess.run(["sha256sum", file], capture_output=True, text=True, check=True)
-        for entry in manifest.values():
-            entry["sha256"] = sha256.stdout.split()[0]
-        (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+        vouch_for(file)
     state = fresh()
     # How it is refused is not the point here, and differs with where the code is noticed.
     with suppress(Exception):
@@ -619,21 +1184,25 @@ def test_a_save_that_fails_anywhere_leaves_a_whole_state(
 
 
 KILL_EVERYWHERE = """
-import os, signal, sys
+import os, shutil, signal, sys
 from pathlib import Path
+import torch
 from tests.test_checkpoint import everything, fresh, train, trained
 
-root = Path(sys.argv[1])
+root, moves = Path(sys.argv[1]), sys.argv[2] == "moves"
 wanted = {n: everything(trained(root / f"to_{n}", epochs=n, best=2)) for n in (2, 3)}
+state = trained(root / "before", epochs=2, best=2)
+train(state, is_best=False)
+generator = torch.get_rng_state()
 NAMES = ("fsync", "replace", "unlink", "open", "close", "write")
 survived = False
 killed_at = 0
 while not survived:
     folder = root / str(killed_at)
-    state = trained(folder, epochs=2, best=2)
-    train(state, is_best=False)
+    shutil.copytree(root / "before", folder)
     child = os.fork()
     if child == 0:
+        torch.set_rng_state(generator)
         calls = [0]
         for name in NAMES:
             def call(*args, really=getattr(os, name), **kwargs):
@@ -642,7 +1211,7 @@ while not survived:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return really(*args, **kwargs)
             setattr(os, name, call)
-        state.save(folder)
+        state.save(folder, root / f"frozen_{killed_at}" if moves else None)
         os._exit(0)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert status in (0, -signal.SIGKILL), status
@@ -655,10 +1224,12 @@ while not survived:
 """
 
 
-def test_a_save_that_is_killed_anywhere_leaves_a_whole_state(tmp_path: Path) -> None:
-    # A new interpreter forks the processes that are killed, each one system call later.
+@pytest.mark.parametrize("parts", ["stays", "moves"])
+def test_a_save_that_is_killed_anywhere_leaves_a_whole_state(parts: str, tmp_path: Path) -> None:
+    # What is frozen lies there already, or is written with the epoch, to another folder. A new
+    # interpreter forks the processes that are killed, each one system call later.
     done = subprocess.run(
-        [sys.executable, "-c", KILL_EVERYWHERE, str(tmp_path)],
+        [sys.executable, "-c", KILL_EVERYWHERE, str(tmp_path), parts],
         cwd=Path(tuneapp.__file__).parents[1],
         capture_output=True,
         text=True,
@@ -670,3 +1241,152 @@ def test_a_save_that_is_killed_anywhere_leaves_a_whole_state(tmp_path: Path) -> 
     assert epochs == sorted(epochs)
     assert epochs.count(2) > 3
     assert epochs.count(3) > 1
+
+
+# --- What a keeper of many trials asks for --------------------------------------------------------
+
+
+class KillError(BaseException):
+    pass
+
+
+def kill_at(number: int, patch: pytest.MonkeyPatch, calls: list[str]) -> None:
+    """Die at the call of this number that puts a file in place or removes one."""
+    for name in ("replace", "unlink"):
+
+        def call(*args: Any, really: Any = getattr(os, name), **kw: Any) -> Any:
+            calls.append("called")
+            if len(calls) > number:
+                raise KillError
+            return really(*args, **kw)
+
+        patch.setattr(os, name, call)
+
+
+def test_the_bytes_of_a_folder_are_those_of_its_checkpoints(tmp_path: Path) -> None:
+    trained(tmp_path / "beside", epochs=4, best=2)
+    trained(tmp_path / "shared", epochs=4, best=2, frozen=tmp_path / "frozen")
+    epochs = ["epoch-0002.pt", "epoch-0004.pt"]
+    assert bytes_of(tmp_path / "shared") == sum(
+        len((tmp_path / "shared" / name).read_bytes()) for name in epochs
+    )
+    assert bytes_of(tmp_path / "beside") == sum(
+        len(file.read_bytes()) for file in (tmp_path / "beside").glob("*.pt")
+    )
+    assert bytes_of(tmp_path / "nowhere") == 0
+
+
+def test_a_folder_that_changes_while_it_is_measured_has_the_bytes_of_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained(tmp_path, epochs=2, best=1)
+    rest = bytes_of(tmp_path) - len((tmp_path / "epoch-0001.pt").read_bytes())
+    really = Path.iterdir
+
+    def iterdir(folder: Path) -> list[Path]:
+        files = list(really(folder))
+        (folder / "epoch-0001.pt").unlink()
+        return files
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    assert bytes_of(tmp_path) == rest
+
+
+@pytest.mark.parametrize("frozen", [None, "frozen"])
+@pytest.mark.parametrize("best", [2, 4])
+def test_what_is_left_of_a_trial_is_its_best_epoch_wherever_the_keeper_is_killed(
+    best: int, frozen: str | None, tmp_path: Path
+) -> None:
+    shared = None if frozen is None else tmp_path / frozen
+    wanted = everything(trained(tmp_path / "best", epochs=best, best=best))
+    killed_at, calls = 0, ["called"]
+    while calls:
+        folder = tmp_path / str(killed_at)
+        last = everything(trained(folder, epochs=4, best=best, frozen=shared))
+        calls = []
+        with pytest.MonkeyPatch.context() as patch, suppress(KillError):
+            kill_at(killed_at, patch, calls)
+            keep_only_best(folder)
+            calls = []  # it came to its end
+        assert len(read_best(folder)["history"]) == best
+        state = fresh(seed=99)
+        assert state.load(folder)
+        assert everything(state) in (wanted, last)
+        keep_only_best(folder)
+        assert checkpoints(folder) == [f"epoch-000{best}.pt", MANIFEST]
+        assert list(entries(folder)) == ["best"]
+        assert len(frozen_parts(folder)) == 3
+        assert all(part.is_file() for part in frozen_parts(folder))
+        state = fresh(seed=99)
+        assert state.load(folder)
+        assert everything(state) == wanted
+        killed_at += 1
+    assert killed_at > 2
+
+
+def test_a_trial_of_which_only_the_best_was_kept_can_go_on(tmp_path: Path) -> None:
+    wanted = everything(trained(tmp_path / "straight", epochs=4, best=2))
+    trained(tmp_path / "kept", epochs=4, best=2)
+    keep_only_best(tmp_path / "kept")
+    state = fresh(seed=99)
+    state.load(tmp_path / "kept")
+    for _ in (3, 4):
+        train(state, is_best=False)
+        state.save(tmp_path / "kept")
+    assert everything(state) == wanted
+    assert checkpoints(tmp_path / "kept") == checkpoints(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("frozen", [None, "frozen"])
+def test_what_was_dropped_is_gone_wherever_the_keeper_is_killed(
+    frozen: str | None, tmp_path: Path
+) -> None:
+    shared = None if frozen is None else tmp_path / frozen
+    killed_at, calls = 0, ["called"]
+    while calls:
+        folder = tmp_path / str(killed_at)
+        wanted = everything(trained(folder, epochs=4, best=2, frozen=shared))
+        calls = []
+        with pytest.MonkeyPatch.context() as patch, suppress(KillError):
+            kill_at(killed_at, patch, calls)
+            drop(folder)
+            calls = []
+        state = fresh(seed=99)
+        if state.load(folder):  # nothing or all of it
+            assert everything(state) == wanted
+            assert len(read_best(folder)["history"]) == 2
+        drop(folder)
+        assert [p.name for p in folder.iterdir()] == [MANIFEST]
+        assert bytes_of(folder) == 0
+        assert frozen_parts(folder) == set()
+        killed_at += 1
+    assert killed_at > 2
+    if shared is not None:
+        assert len(list(shared.iterdir())) == 3
+
+
+def test_what_was_dropped_is_not_read_and_the_way_out_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained(tmp_path, epochs=2, best=2)
+    drop(tmp_path)
+    caplog.clear()
+    with pytest.raises(CheckpointError, match="were not kept; raise --keep-best, or train it ag"):
+        read_best(tmp_path)
+    keep_only_best(tmp_path)
+    state = fresh()
+    assert not state.load(tmp_path)
+    assert caplog.messages == []
+    train(state, is_best=True)
+    state.save(tmp_path)
+    assert fresh().load(tmp_path)
+    assert len(read_best(tmp_path)["history"]) == 1
+
+
+def test_of_a_trial_without_a_checkpoint_there_is_nothing_to_drop(tmp_path: Path) -> None:
+    drop(tmp_path / "nowhere")
+    keep_only_best(tmp_path / "nowhere")
+    assert list(tmp_path.iterdir()) == []
+    assert frozen_parts(tmp_path / "nowhere") == set()
+    with pytest.raises(CheckpointError, match="no intact best"):
+        read_best(tmp_path / "nowhere")

@@ -28,6 +28,13 @@ def test_the_tree_in_the_docstring_is_the_tree_of_classes():
     assert parent_of == real
 
 
+def test_an_exit_code_is_the_one_that_the_docstring_names():
+    named = dict(re.findall(r"── (\w+) .*\(exit code (\d+)\)", errors.__doc__))
+    assert len(named) == 3
+    for name, kind in DEFINED.items():
+        assert kind.exit_code == int(named.get(name, "2")), name
+
+
 @pytest.mark.parametrize("name", ["ConfigError", "SpaceError"])
 def test_wrong_values_are_value_errors_too(name):
     assert issubclass(DEFINED[name], ValueError)

@@ -1,3 +1,4 @@
+import errno
 import json
 import logging
 import os
@@ -9,8 +10,8 @@ import sys
 import pytest
 
 from tuneapp import ledger as ledger_module
-from tuneapp.errors import RunError
-from tuneapp.ledger import Ledger, read_events
+from tuneapp.errors import RunError, StorageError
+from tuneapp.ledger import Events, Ledger, read_events
 
 VALUES = [
     {"loss": 0.1 + 0.2, "name": "Größe\n\u2028 'x'", "none": None, "yes": True},
@@ -121,7 +122,7 @@ def test_every_flipped_bit_of_a_line_before_the_last_is_detected(path):
             damaged = bytearray(whole)
             damaged[place] ^= 1 << bit
             path.write_bytes(damaged)
-            with pytest.raises(RunError, match=r"ledger\.jsonl, line 2: damaged; restore"):
+            with pytest.raises(StorageError, match=r"ledger\.jsonl, line 2: damaged; restore"):
                 read_events(path)
             with pytest.raises(RunError, match="line 2"):
                 Ledger(path)
@@ -158,21 +159,122 @@ def test_a_number_that_is_not_finite_is_refused_and_leaves_the_ledger_alone(path
     assert read_events(path) == [*written, new]
 
 
-def test_a_full_disk_is_an_error_and_the_events_before_stay(path, monkeypatch):
+@pytest.fixture
+def waits(monkeypatch):
+    """Return what happens at each pause of a writer that waits for room, instead of time passing.
+
+    A pause more than there are steps is an error, so that nothing waits for ever.
+    """
+    steps = []
+    patiently = ledger_module.write_patiently
+    monkeypatch.setattr(
+        ledger_module,
+        "write_patiently",
+        lambda *words: patiently(*words, sleep=lambda seconds: steps.pop(0)()),
+    )
+    return steps
+
+
+def full_after(num_bytes, real_write=os.write):
+    """A disk that takes the beginning of a line, and no more."""
+    return lambda handle, data: real_write(handle, data[:num_bytes])
+
+
+def refuse(*words):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("cut", [0, 1, 10, 40])
+def test_on_a_full_disk_an_event_waits_for_room_and_is_there_once(
+    path, monkeypatch, caplog, waits, cut
+):
     written = write(path)
+    before = path.read_bytes()
+    seen = []
+
+    def look():
+        seen.append((path.read_bytes(), read_events(path)))
+
     real_write = os.write
+    waits += [look] * 12  # the pauses after which it tries again, whatever the disk says
+    waits += [look, lambda: monkeypatch.setattr(ledger_module.os, "write", real_write)]
+    waits += [look] * 24
+    monkeypatch.setattr(ledger_module.os, "write", refuse if cut == 0 else full_after(cut))
+    with caplog.at_level(logging.WARNING), Ledger(path) as ledger:
+        new = ledger.append("ended", state="finished")
+        assert ledger.events == [*written, new]
+        # Whoever reads meanwhile sees neither the event nor a part of it.
+        assert len(seen) > 12
+        assert all(each == (before, written) for each in seen)
+        after = ledger.append("ended", state="stopped")
+    assert read_events(path) == [*written, new, after]
+    said = [r.message for r in caplog.records]
+    assert len(said) == 2
+    assert "waiting for more" in said[0]
+    assert "going on" in said[1]
+
+
+@pytest.mark.parametrize("where", ["write", "fsync"])
+@pytest.mark.parametrize("code", [errno.EIO, errno.EROFS, errno.EFBIG])
+def test_what_no_waiting_can_mend_is_an_error_and_the_events_before_stay(
+    path, monkeypatch, waits, where, code
+):
+    written = write(path)
+    before = path.read_bytes()
+
+    def fail(*words):
+        raise OSError(code, os.strerror(code))
+
     with Ledger(path) as ledger:
         with monkeypatch.context() as patched:
-            patched.setattr(
-                ledger_module.os, "write", lambda file, data: real_write(file, data[:10])
-            )
-            with pytest.raises(OSError, match="disk full"):
+            patched.setattr(ledger_module.os, where, fail)
+            with pytest.raises(StorageError) as caught:
                 ledger.append("ended", state="finished")
+        assert os.strerror(code) in str(caught.value)
+        assert "`resume`" in str(caught.value)
+        assert caught.value.exit_code == 5
         assert ledger.events == written
-    assert read_events(path) == written
-    with Ledger(path) as ledger:
-        new = ledger.append("ended", state="finished")
+        assert path.read_bytes() == before  # although the line was written before the sync
+        new = ledger.append("ended", state="stopped")
     assert read_events(path) == [*written, new]
+
+
+def test_a_line_that_was_written_and_not_synced_is_written_once(path, monkeypatch, waits):
+    real_sync, attempts = os.fsync, []
+
+    def sync(handle):
+        attempts.append(path.read_bytes())
+        if len(attempts) == 1:
+            refuse()
+        real_sync(handle)
+
+    waits += [lambda: None] * 24
+    monkeypatch.setattr(ledger_module.os, "fsync", sync)
+    written = write(path, VALUES[:1])
+    assert len(attempts) == 2
+    assert attempts[0] == attempts[1]
+    assert read_events(path) == written
+
+
+@pytest.mark.parametrize("place", ["folder", "read-only"])
+def test_a_ledger_that_cannot_be_written_is_an_error_of_storage(tmp_path, place, monkeypatch):
+    path = tmp_path / "ledger.jsonl"
+    if place == "folder":
+        path = tmp_path / "nowhere" / "ledger.jsonl"
+    else:  # not by its mode: root may write anything
+
+        def refuse_it(*words, **more):
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+        monkeypatch.setattr("pathlib.Path.touch", refuse_it)
+    with pytest.raises(StorageError, match=r"ledger\.jsonl cannot be written"):
+        Ledger(path)
+
+
+def test_events_without_a_file_are_numbered_alike(path):
+    kept = Events()
+    returned = [kept.append("epoch", **fields) for fields in VALUES]
+    assert returned == kept.events == write(path)
 
 
 def test_a_new_ledger_is_empty(path):
@@ -204,19 +306,6 @@ def test_after_a_kill_every_acknowledged_event_is_there(path):
     events = read_events(path)
     assert acknowledged <= len(events) <= acknowledged + 1
     assert [event["seq"] for event in events] == list(range(len(events)))
-
-
-def test_after_a_write_that_the_disk_cut_short_the_ledger_goes_on(tmp_path, monkeypatch):
-    file = tmp_path / "ledger.jsonl"
-    real_write = os.write
-    with Ledger(file) as ledger:
-        ledger.append("sweep", trials=1)
-        monkeypatch.setattr("os.write", lambda handle, data: real_write(handle, data[:9]))
-        with pytest.raises(OSError, match="is the disk full"):
-            ledger.append("sweep", trials=2)
-        monkeypatch.setattr("os.write", real_write)
-        ledger.append("sweep", trials=3)
-    assert [e["trials"] for e in read_events(file)] == [1, 3]
 
 
 @pytest.mark.parametrize("line", [b"[]", b"1", b"null", b'"crc"'])

@@ -92,7 +92,7 @@ def prepared_of(space, data, **settings):
 def record_of(prepared, **more):
     return RunRecord(
         kind="sweep",
-        space_path=str(prepared.space.path),
+        space_paths=(str(prepared.space.path),),
         settings=prepared.settings,
         image_root=None if prepared.images.root is None else str(prepared.images.root),
         classes=prepared.images.classes,
@@ -415,7 +415,7 @@ def test_a_trial_assembled_from_the_run_directory_is_the_one_that_was_prepared(t
     prepared, _ = prepared_of(space, photos, max_epochs=4, seed=3)
     run = create_run(tmp_path / "runs", None, space.name)
     lay_out(run, prepared.space, prepared.images, record_of(prepared, cpus_per_trial=2))
-    assert run.space_file.read_text(encoding="utf-8") == space.text
+    assert run.space_file().read_text(encoding="utf-8") == space.text
     # From here on the run directory is all there is.
     space.path.write_text("def search_space(trial):\n    raise RuntimeError('edited since')\n")
     opened, record = open_run(run.path)

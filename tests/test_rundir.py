@@ -8,7 +8,7 @@ from importlib.metadata import version
 import pytest
 
 from tuneapp.config import Data, RunSettings
-from tuneapp.errors import RunError
+from tuneapp.errors import RunError, RunInUse, StorageError
 from tuneapp.rundir import (
     FORMAT,
     RunDir,
@@ -23,7 +23,7 @@ from tuneapp.rundir import (
 
 RECORD = RunRecord(
     kind="sweep",
-    space_path="resnet.py",
+    space_paths=("/somewhere/resnet.py", "/somewhere/narrower.py"),
     settings=RunSettings(
         data=Data(source="photos"), seed=3, metric="val/loss", max_epochs=2, image_size=32
     ),
@@ -37,6 +37,10 @@ RECORD = RunRecord(
     time_budget_s=1.5,
     import_from=("/somewhere", "/elsewhere/ü"),
     code={"/somewhere/nets.py": "0" * 64},
+    is_multilabel=True,
+    keep_best=2,
+    disk_budget=10**10,
+    min_free=10**6,
 )
 
 
@@ -110,7 +114,7 @@ def test_a_run_is_locked_by_one_process_until_it_dies(tmp_path):
     )
     try:
         assert holder.stdout.readline() == "locked\n"
-        with pytest.raises(RunError, match="is in use by another tuneapp"):
+        with pytest.raises(RunInUse, match="is in use by another tuneapp"):
             run.lock()
     finally:
         holder.kill()  # SIGKILL: it cannot tidy up
@@ -120,7 +124,7 @@ def test_a_run_is_locked_by_one_process_until_it_dies(tmp_path):
         [sys.executable, "-c", code, str(tmp_path)], input="", capture_output=True, text=True
     )
     assert second.returncode == 1
-    assert "RunError" in second.stderr
+    assert "RunInUse" in second.stderr
     lock.release()
     run.lock().release()
 
@@ -175,6 +179,24 @@ def test_a_record_comes_back_as_it_was_written(tmp_path):
     assert plain["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
 
 
+def test_a_record_of_format_1_has_one_space_and_what_is_the_default_now(tmp_path):
+    write_record(RunDir(tmp_path), RECORD)
+    file = tmp_path / "run.json"
+    plain = json.loads(file.read_text(encoding="utf-8"))
+    for new in ("space_paths", "keep_best", "disk_budget", "min_free"):
+        del plain[new]
+    plain |= {"format": 1, "space_path": "/somewhere/resnet.py"}
+    file.write_text(json.dumps(plain))
+    record = open_run(tmp_path)[1]
+    assert record == replace(
+        RECORD,
+        space_paths=("/somewhere/resnet.py",),
+        keep_best=5,
+        disk_budget=None,
+        min_free=500_000_000,
+    )
+
+
 def test_a_record_without_code_of_the_users_own_has_none(tmp_path):
     write_record(RunDir(tmp_path), RECORD)
     file = tmp_path / "run.json"
@@ -204,13 +226,13 @@ def test_a_run_record_that_is_cut_short_anywhere_is_damaged(tmp_path):
     assert whole.endswith(b"}\n")
     for cut in range(len(whole) - 1):
         file.write_bytes(whole[:cut])
-        with pytest.raises(RunError, match=r"run\.json is damaged"):
+        with pytest.raises(StorageError, match=r"run\.json is damaged"):
             open_run(tmp_path)
 
 
 def test_a_run_record_that_is_not_text_is_damaged(tmp_path):
     (tmp_path / "run.json").write_bytes(b'{"format": "\xff"}')
-    with pytest.raises(RunError, match=r"run\.json is damaged"):
+    with pytest.raises(StorageError, match=r"run\.json is damaged"):
         open_run(tmp_path)
 
 
@@ -224,12 +246,28 @@ def test_what_is_no_run_directory_is_named(tmp_path, where):
 
 def test_every_path_of_a_run_lies_inside_it_under_its_documented_name(tmp_path):
     run = RunDir(tmp_path)
-    files = [run.ledger, run.settings_file, run.space_file, run.split_file, run.trials_table]
+    files = [
+        run.ledger,
+        run.settings_file,
+        run.space_file(),
+        run.space_file(1),
+        run.space_file(2),
+        run.study_file,
+        run.split_file,
+        run.bad_images_file,
+        run.frozen,
+        run.trials_table,
+    ]
     assert [p.relative_to(tmp_path).as_posix() for p in files] == [
         "ledger.jsonl",
         "run.json",
         "space.py",
+        "space.py",
+        "space-2.py",
+        "study.log",
         "split.csv",
+        "bad_images.csv",
+        "frozen",
         "trials.csv",
     ]
     assert run.trial("t0007") == tmp_path / "trials" / "t0007"
@@ -252,5 +290,5 @@ def test_the_log_goes_to_the_file_inside_the_block_only(tmp_path):
 )
 def test_json_that_is_no_record_of_a_run_is_refused(tmp_path, text):
     (tmp_path / "run.json").write_text(text)
-    with pytest.raises(RunError, match=r"run\.json is no record of a run"):
+    with pytest.raises(StorageError, match=r"run\.json is no record of a run"):
         open_run(tmp_path)

@@ -11,6 +11,7 @@ from ray.tune.search import Searcher
 
 from tuneapp import search
 from tuneapp.config import RunSettings
+from tuneapp.failures import MAX_RETRIES
 from tuneapp.ledger import Ledger, read_events
 from tuneapp.search import Driver, Proposer, Stopper, Until
 from tuneapp.space import SearchSpace
@@ -74,8 +75,13 @@ def ray_trial(trial_id):
     return SimpleNamespace(trial_id="d3adb33f", config={"trial_id": trial_id})
 
 
-def result(message):
-    return {MESSAGE: json.dumps(message), SCORE: 0.0, "training_iteration": 1}
+def result(**message):
+    told = {**message, "warnings": message.get("warnings", [])}
+    return {MESSAGE: json.dumps(told), SCORE: 0.0, "training_iteration": 1}
+
+
+def failed(kind, cause, can_pass=False):
+    return result(failed={"kind": kind, "cause": cause, "can_pass": can_pass})
 
 
 def report(stopper, trial_id, epoch, value):
@@ -85,7 +91,7 @@ def report(stopper, trial_id, epoch, value):
         "val/loss": value,
         "applied": {"lr": {"head": 0.1}},
     }
-    return stopper.on_trial_result(None, ray_trial(trial_id), result(row))
+    return stopper.on_trial_result(None, ray_trial(trial_id), result(row=row))
 
 
 def report_up_to(stopper, trial_id, epoch, value):
@@ -243,6 +249,7 @@ def test_a_stop_is_in_the_ledger_with_its_cause_after_its_last_epoch(started, ev
         "trial": "t0002",
         "state": "stopped",
         "cause": "val/accuracy 0.2500 was not in the better third at epoch 3",
+        "kind": "",
         "told": None,
     }
 
@@ -273,26 +280,33 @@ def test_a_result_after_a_stop_changes_nothing(started, events):
     assert study.records["t0002"].state == "stopped"
 
 
-@pytest.mark.parametrize("state", ["diverged", "failed"])
-def test_an_end_that_a_trial_tells_is_written_down_with_its_cause(started, state):
+@pytest.mark.parametrize(("kind", "state"), [("diverged", "diverged"), ("bug", "failed")])
+def test_an_end_that_a_trial_tells_is_written_down_with_its_cause(started, kind, state):
     study, stopper = started([LONG])
     report(stopper, "t0001", 1, 0.5)
-    told = result({"ended": state, "cause": "loss became nan in epoch 2, step 7"})
+    told = failed(kind, "loss became nan in epoch 2, step 7")
     assert stopper.on_trial_result(None, ray_trial("t0001"), told) == GO
     record = study.records["t0001"]
-    assert (record.state, record.cause) == (state, "loss became nan in epoch 2, step 7")
+    said = (state, kind, "loss became nan in epoch 2, step 7")
+    assert (record.state, record.kind, record.cause) == said
     stopper.on_trial_error(None, ray_trial("t0001"))  # what Ray says of it comes second
-    assert (record.state, record.cause) == (state, "loss became nan in epoch 2, step 7")
+    assert (record.state, record.kind, record.cause) == said
 
 
-def test_a_trial_whose_process_died_has_failed(started):
+def test_a_trial_whose_process_died_again_and_again_has_failed(started, events):
     study, stopper = started([LONG])
     report(stopper, "t0001", 1, 0.5)
-    stopper.on_trial_error(None, ray_trial("t0001"))
     record = study.records["t0001"]
-    assert record.state == "failed"
+    for _ in range(MAX_RETRIES):  # it is tried again first
+        stopper.on_trial_error(None, ray_trial("t0001"))
+        assert record.state == "unfinished"
+        assert study.propose().trial_id == "t0001"
+    stopper.on_trial_error(None, ray_trial("t0001"))
+    assert (record.state, record.kind) == ("failed", "process died")
     assert "process died" in record.cause
     assert len(record.rows) == 1
+    assert study.propose() is None
+    assert [e["event"] for e in events()[-3:]] == ["retried", "retried", "ended"]
 
 
 def test_a_trial_that_returns_early_is_not_finished(started):
@@ -365,11 +379,15 @@ def test_the_proposer_hands_out_assignments_until_none_is_left(started, tmp_path
     proposer = Proposer(Driver(study, str(tmp_path)), "max")
     assignments = [proposer.suggest("a"), proposer.suggest("b")]
     assert assignments == [
-        {"run_dir": str(tmp_path), "trial_id": t, "params": study.records[t].params}
+        {"run_dir": str(tmp_path), "trial_id": t, "params": study.records[t].params, "space": 1}
         for t in ("t0001", "t0002")
     ]
     assert json.loads(json.dumps(assignments)) == assignments
-    assert proposer.suggest("c") == Searcher.FINISHED
+    # Not yet the end: one of those that run may have to be run again.
+    assert proposer.suggest("c") is None
+    for trial_id in ("t0001", "t0002"):
+        study.end(trial_id, "stopped", "no matter")
+    assert proposer.suggest("d") == Searcher.FINISHED
     before = dict(study.records)
     proposer.on_trial_complete("a", {SCORE: 1.0})
     proposer.on_trial_complete("b", error=True)
@@ -414,7 +432,7 @@ def test_a_sweep_is_over_when_all_first_trials_fail_alike(started, tmp_path):
     until = Until(Driver(study, str(tmp_path)), None)
     for number in range(1, 5):
         assert until.stop_all() == (number > 3)
-        told = result({"ended": "failed", "cause": "KeyError: 'x' (loop.py:3)"})
+        told = failed("bug", "KeyError: 'x' (loop.py:3)")
         stopper.on_trial_result(None, ray_trial(f"t000{number}"), told)
     assert until.stop_all()
     assert not until.is_late

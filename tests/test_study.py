@@ -6,7 +6,8 @@ import pytest
 from optuna.trial import TrialState
 
 from tuneapp.config import RunSettings
-from tuneapp.errors import SpaceError
+from tuneapp.errors import ConfigError, SpaceError
+from tuneapp.failures import MAX_RETRIES, Failure
 from tuneapp.ledger import Ledger, read_events
 from tuneapp.records import TrialRecord, best_record, read_records, trials_wanted
 from tuneapp.space import SearchSpace
@@ -99,6 +100,7 @@ def frozen(study):
             None if t.state is TrialState.PRUNED else t.values,
             dict(t.intermediate_values),  # the live study goes on filling its own
             t.user_attrs["trial_id"],
+            dict(t.constraints),
         )
         for t in study.frozen_trials()
     ]
@@ -395,7 +397,7 @@ def test_a_study_killed_after_any_line_of_its_ledger_comes_to_the_same_end(
     assert (tmp_path / "killed.jsonl").read_bytes() == whole
 
 
-def play(open_study, *, restarts):
+def play(open_study, *, restarts, kind=""):
     """Run 18 trials, three at once; return what Optuna knew after each thing that happened."""
     study = open_study()
     running, known, turn = {}, [], 0
@@ -424,7 +426,7 @@ def play(open_study, *, restarts):
         elif done == 1 and number % 7 == 5:
             study.end(trial_id, "diverged", "loss became nan")
         elif done == 2 and number % 9 == 6:
-            study.end(trial_id, "failed", "a bug")
+            study.end(trial_id, "failed", "a bug", kind)
         elif done == 3:
             study.complete(trial_id)
         else:
@@ -616,3 +618,601 @@ def test_a_kill_before_the_end_of_a_rejected_trial_was_written_does_not_bar_the_
         assert study.records["t0001"].state == "failed"
         assert study.propose() is None
         assert study.remaining == 0
+
+
+# --- Duplicates ----------------------------------------------------------------------------------
+
+TINY = """
+from tuneapp.config import AdamW, TrialConfig
+
+
+def search_space(trial):
+    return TrialConfig(
+        model="resnet18",
+        freeze_depth=trial.suggest_int("freeze_depth", 0, 3),
+        batch_size=trial.suggest_categorical("batch_size", [16, 32, 64]),
+        optimizer=AdamW(lr=0.01),
+        epochs=3,
+    )
+"""
+A, B, C = ({"freeze_depth": d, "batch_size": 16} for d in (0, 1, 2))
+
+
+def given(*all_params):
+    return [(params, "recipe") for params in all_params]
+
+
+def told(study, number):
+    """Return what Optuna knows of a trial but for its number and its name."""
+    trial = study.frozen_trials()[number]
+    return (
+        trial.state,
+        trial.values,
+        dict(trial.intermediate_values),
+        dict(trial.constraints),
+        dict(trial.params),
+        dict(trial.distributions),
+    )
+
+
+def conclude(study, trial_id, accuracies, state, kind=""):
+    for epoch, accuracy in enumerate(accuracies, start=1):
+        study.record_epoch(trial_id, row(epoch, accuracy))
+    study.end(trial_id, state, "why", kind)
+
+
+CONCLUSIONS = [
+    ([0.5, 0.8, 0.7], "finished", "", (TrialState.COMPLETE, [0.8])),
+    ([0.4, 0.2], "stopped", "", (TrialState.PRUNED, [0.2])),
+    ([0.4, 0.2], "diverged", "diverged", (TrialState.COMPLETE, [0.2])),
+    ([], "diverged", "diverged", (TrialState.COMPLETE, [0.3])),
+    ([0.4], "failed", "out of memory", (TrialState.PRUNED, [0.4])),
+    ([], "failed", "out of memory", (TrialState.PRUNED, None)),
+    ([0.4], "failed", "bug", (TrialState.FAIL, None)),
+    ([], "failed", "data", (TrialState.FAIL, None)),
+]
+
+
+@pytest.mark.parametrize("restarted", ["never", "before", "after"])
+@pytest.mark.parametrize(("accuracies", "state", "kind", "known"), CONCLUSIONS)
+def test_a_duplicate_is_not_run_and_is_what_its_twin_was(
+    opened, events, accuracies, state, kind, known, restarted
+):
+    first = given(A, B, A, C)
+    study = opened(TINY, first)
+    study.want(4)
+    assert [study.propose().trial_id for _ in range(2)] == ["t0001", "t0002"]
+    conclude(study, "t0002", [0.3, 0.6, 0.9], "finished")
+    conclude(study, "t0001", accuracies, state, kind)
+    if restarted == "before":
+        study = opened(TINY, first)
+    assert study.propose().trial_id == "t0004"
+    if restarted == "after":
+        study = opened(TINY, first)
+        assert study.propose().trial_id == "t0004"
+    assert told(study, 0)[:2] == known
+    assert told(study, 2) == told(study, 0)
+    assert [t.user_attrs["trial_id"] for t in study.frozen_trials()] == [
+        "t0001",
+        "t0002",
+        "t0003",
+        "t0004",
+    ]
+    one, other = study.records["t0001"], study.records["t0003"]
+    assert (other.state, other.twin, other.told) == ("duplicate", "t0001", one.told)
+    assert other.config_hash == one.config_hash != study.records["t0002"].config_hash
+    assert "t0001" in other.cause
+    assert (other.rows, other.kind, other.params) == ([], "", A)
+    assert [e["event"] for e in events() if e.get("trial") == "t0003"] == ["proposed", "ended"]
+    # It is one of the four that were wanted.
+    assert study.propose() is None
+    assert study.remaining == 1
+    study.end("t0004", "stopped", "no matter")
+    assert study.remaining == 0
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+@pytest.mark.parametrize(
+    ("accuracies", "state", "kind", "known"), CONCLUSIONS[:1] + CONCLUSIONS[4:]
+)
+def test_a_duplicate_of_a_trial_that_runs_waits_for_its_end(
+    opened, accuracies, state, kind, known, restarted
+):
+    first = given(A, A, A, B)
+    study = opened(TINY, first)
+    study.want(4)
+
+    def again(running):
+        if not restarted:
+            return study
+        made = opened(TINY, first)
+        assert [made.propose().trial_id for _ in running] == running
+        return made
+
+    assert study.propose().trial_id == "t0001"
+    assert study.propose().trial_id == "t0004"
+    study = again(["t0001", "t0004"])
+    assert study.propose() is None
+    for trial_id in ("t0002", "t0003"):
+        assert (study.records[trial_id].state, study.records[trial_id].twin) == (
+            "unfinished",
+            "t0001",
+        )
+    assert [t.state for t in study.frozen_trials()] == [TrialState.RUNNING] * 4
+    assert study.remaining == 4
+    conclude(study, "t0001", accuracies, state, kind)
+    study = again(["t0004"])
+    assert study.remaining == 1
+    assert study.propose() is None
+    assert told(study, 0)[0] == known[0]
+    assert told(study, 1) == told(study, 2) == told(study, 0)
+    assert {study.records[t].state for t in ("t0002", "t0003")} == {"duplicate"}
+
+
+@pytest.mark.parametrize("kind", ["process died", "node lost", "stalled", "disk full"])
+@pytest.mark.parametrize("restarted", [False, True])
+def test_what_the_machine_ended_is_run_again_and_that_run_is_the_twin_of_the_next(
+    opened, kind, restarted
+):
+    if restarted:  # see test_a_second_attempt_..., which says what goes wrong
+        pytest.skip("a defect that has a test of its own")
+    first = given(A, A, A)
+    study = opened(TINY, first)
+    study.want(3)
+    assert study.propose().trial_id == "t0001"
+    conclude(study, "t0001", [0.3], "failed", kind)
+    proposal = study.propose()
+    assert (proposal.trial_id, study.records["t0002"].twin) == ("t0002", "")
+    conclude(study, "t0002", [0.5, 0.6, 0.7], "finished")
+    assert study.propose() is None
+    assert study.records["t0003"].twin == "t0002"
+    assert told(study, 2) == told(study, 1)
+
+
+def test_a_second_attempt_at_a_configuration_is_the_twin_after_a_restart_too(opened):
+    first = given(A, A, A)
+    study = opened(TINY, first)
+    study.want(3)
+    study.propose()
+    conclude(study, "t0001", [0.3], "failed", "process died")
+    study.propose()
+    conclude(study, "t0002", [0.5, 0.6, 0.7], "finished")
+    study = opened(TINY, first)
+    assert study.propose() is None
+    assert study.records["t0003"].twin == "t0002"
+
+
+def test_another_seed_is_another_trial(opened):
+    text = TINY.replace("epochs=3", 'epochs=3, seed=trial.suggest_int("seed", 0, 9)')
+    first = given({**A, "seed": 0}, {**A, "seed": 1}, {**A, "seed": 0}, {**A, "seed": 2})
+    study = opened(text, first)
+    study.want(4)
+    assert [p.trial_id for p in work_off(study)] == ["t0001", "t0002", "t0004"]
+    assert [r.twin for r in study.records.values()] == ["", "", "t0001", ""]
+
+
+def test_equal_texts_of_the_given_hash_are_what_makes_duplicates(opened):
+    # As if the batch size had no effect.
+    study = opened(
+        TINY,
+        given(A, {**A, "batch_size": 64}, {**B, "batch_size": 64}),
+        hash_of=lambda config: f"depth {config.freeze_depth}",
+    )
+    study.want(3)
+    assert [p.trial_id for p in work_off(study)] == ["t0001", "t0003"]
+    assert [r.config_hash for r in study.records.values()] == ["depth 0", "depth 0", "depth 1"]
+    # Optuna learns of the point that was asked for, and not of its twin's.
+    assert study.frozen_trials()[1].params == {**A, "batch_size": 64}
+
+
+def test_a_space_that_is_used_up_runs_each_configuration_once_and_comes_to_an_end(opened):
+    study = opened(TINY)
+    study.want(200)
+    proposals = work_off(study)
+    # Made-up trials end in every way, but none so that it would be run again.
+    assert len(study.records) == 200
+    assert study.remaining == 0
+    ran = [json.dumps(p.params, sort_keys=True) for p in proposals]
+    assert len(set(ran)) == len(ran) <= 12
+    states = [r.state for r in study.records.values()]
+    assert states.count("duplicate") == 200 - len(ran)
+
+
+@pytest.mark.parametrize("state", ["finished", "diverged", "failed"])
+def test_a_duplicate_is_no_result_of_its_own(opened, state):
+    study = opened(TINY, given(A, A))
+    study.want(2)
+    study.propose()
+    conclude(study, "t0001", [0.5, 0.6, 0.7], state, {"failed": "bug"}.get(state, ""))
+    assert study.propose() is None
+    best, _ = best_record(study.records.values(), RunSettings())
+    assert best.trial_id == "t0001"
+    assert study.common_failure is None
+
+
+def train_with_everything(study, proposal):
+    """Run a made-up trial; also duplicates, lack of memory, and processes that die, come up."""
+    trial_id, number = proposal.trial_id, int(proposal.trial_id[1:])
+    record = study.records[trial_id]
+    for epoch in range(1, 4):
+        words = [f"{trial_id} is slow"] if epoch == 2 else []
+        study.record_epoch(trial_id, row(epoch, quality(proposal.params) * (1 + epoch) / 4), words)
+        if record.state != "unfinished":
+            return None
+        if number % 6 == 1 and epoch == 1:
+            return study.fail(trial_id, Failure("process died", "died", can_pass=True))
+        if number % 6 == 2:
+            return study.fail(trial_id, Failure("out of memory", "OutOfMemoryError: 3 GB"))
+        if number % 6 == 4 and epoch == 2:
+            return study.fail(trial_id, Failure("diverged", "loss became nan"))
+        if number % 6 == 5 and epoch == 2:
+            return study.end(trial_id, "stopped", "slow")
+    return study.complete(trial_id)
+
+
+def test_with_every_kind_of_failure_a_killed_study_comes_to_the_same_end(opened, events, tmp_path):
+    def work_off_all(study):
+        while (proposal := study.propose()) is not None:
+            train_with_everything(study, proposal)
+
+    # Of a configuration that died, the second attempt must not be followed by a third trial:
+    # test_a_second_attempt_... has that.
+    first = given(A, B, C, A, {**A, "batch_size": 32}, B, C, {**A, "batch_size": 64})
+    study = opened(TINY, first)
+    study.want(8)
+    work_off_all(study)
+    whole = (tmp_path / "ledger.jsonl").read_bytes()
+    expected_events, expected_trials = events(), frozen(study)
+    happened = [e["event"] for e in expected_events]
+    assert set(happened) == {
+        "sweep",
+        "proposed",
+        "applied",
+        "epoch",
+        "warned",
+        "retried",
+        "ended",
+    }
+    states = [(r.state, r.kind) for r in study.records.values()]
+    assert {state for state, _ in states} == {
+        "finished",
+        "stopped",
+        "diverged",
+        "failed",
+        "duplicate",
+    }
+    assert {kind for _, kind in states} == {"", "process died", "out of memory", "diverged"}
+    lines = whole.splitlines(keepends=True)
+    for kept in range(1, len(lines)):
+        (tmp_path / "killed.jsonl").write_bytes(b"".join(lines[:kept]))
+        again = opened(TINY, first, name="killed")
+        work_off_all(again)
+        assert events("killed") == expected_events, f"killed after line {kept}"
+        assert frozen(again) == expected_trials
+        assert again.records == study.records
+
+
+def test_with_duplicates_a_study_made_anew_after_each_event_knows_the_same(opened):
+    settings = RunSettings(seed=1)
+    first = given(A, A, B)
+    known, records = play(lambda: opened(TINY, first, settings, "live"), restarts=False, kind="bug")
+    again, records_again = play(
+        lambda: opened(TINY, first, settings, "anew"), restarts=True, kind="bug"
+    )
+    assert records_again == records
+    for number, (one, other) in enumerate(zip(known, again, strict=True)):
+        assert other == one, f"after event {number}"
+    assert sum(r.state == "duplicate" for r in records.values()) > 4
+
+
+def test_a_configuration_that_cannot_be_judged_is_refused_after_a_kill_too(opened, tmp_path):
+    # The space builds a configuration, and what is wrong with it comes to light afterwards.
+    def hash_of(config):
+        if config.freeze_depth == 1:
+            raise ConfigError("no such stage")
+        return str(config.freeze_depth)
+
+    first = given(B, A)
+    study = opened(TINY, first, hash_of=hash_of)
+    study.want(2)
+    assert study.propose().trial_id == "t0002"
+    assert (study.records["t0001"].state, study.records["t0001"].kind) == ("failed", "refused")
+    lines = (tmp_path / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    assert [b'"ended"' in line for line in lines] == [False, False, True, False]
+    (tmp_path / "killed.jsonl").write_bytes(b"".join(lines[:2]))
+    again = opened(TINY, first, name="killed", hash_of=hash_of)
+    assert again.propose().trial_id == "t0002"
+    assert again.records == study.records
+
+
+# --- Out of memory -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [[], [0.9]])
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_trial_that_ran_out_of_memory_is_infeasible(opened, rows, restarted):
+    study = opened()
+    study.want(2)
+    study.propose()
+    conclude(study, "t0001", rows, "failed", "out of memory")
+    study.propose()
+    conclude(study, "t0002", rows, "failed", "bug")
+    if restarted:
+        study = opened()
+    infeasible, broken = study.frozen_trials()
+    assert (infeasible.state, infeasible.constraints) == (TrialState.PRUNED, {"memory": 1.0})
+    assert (broken.state, broken.constraints) == (TrialState.FAIL, {})
+    assert study.records["t0001"].told is None
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+@pytest.mark.parametrize("depth_is_worth", [0.0, 0.1])
+def test_the_search_keeps_away_from_what_does_not_fit_into_memory(opened, depth_is_worth, restarts):
+    def share_of_64(seed, how):
+        """Return how often the large batch is chosen among the last 20 of 30 trials."""
+        name = f"{how}-{seed}"
+        study = opened(FLAT, settings=RunSettings(seed=seed), name=name)
+        study.want(30)
+        chosen = []
+        while (proposal := study.propose()) is not None:
+            trial_id, params = proposal.trial_id, proposal.params
+            chosen.append(params["batch_size"])
+            score = 0.5 + depth_is_worth * params["freeze_depth"] / 5
+            if params["batch_size"] == 64 and how == "oom":
+                study.fail(trial_id, Failure("out of memory", "OutOfMemoryError"))
+                if restarts and len(chosen) == 10:
+                    study = opened(FLAT, settings=RunSettings(seed=seed), name=name)
+                continue
+            for epoch in (1, 2, 3):
+                study.record_epoch(trial_id, row(epoch, score))
+            study.complete(trial_id)
+        return chosen[10:].count(64) / 20
+
+    seeds = range(8)
+    avoided = [share_of_64(seed, "oom") for seed in seeds]
+    indifferent = [share_of_64(seed, "same") for seed in seeds]
+    # By chance a third; a search that learns from it comes back now and then only.
+    assert sum(avoided) / len(avoided) < 0.15
+    assert sum(indifferent) / len(indifferent) > 0.2
+
+
+# --- Trials that are tried again -----------------------------------------------------------------
+
+DIED = Failure("process died", "its process died", can_pass=True)
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_a_trial_that_could_pass_is_tried_again_first_and_not_for_ever(opened, events, restarts):
+    study = opened()
+    study.want(3)
+    first, second = study.propose(), study.propose()
+    study.record_epoch("t0001", row(1, 0.5))
+
+    def again(study):
+        return opened() if restarts else study
+
+    for retries in range(1, MAX_RETRIES + 1):
+        study.fail("t0001", DIED)
+        study = again(study)
+        assert study.records["t0001"].retries == retries
+        assert study.remaining == 3
+        assert study.propose() == first
+        if restarts:
+            assert study.propose() == second
+    study.fail("t0001", DIED)
+    study = again(study)
+    record = study.records["t0001"]
+    assert (record.state, record.kind, record.cause) == (
+        "failed",
+        "process died",
+        "its process died",
+    )
+    assert [e["event"] for e in events() if e["event"] in ("retried", "ended")] == [
+        *["retried"] * MAX_RETRIES,
+        "ended",
+    ]
+    if restarts:
+        assert study.propose() == second
+    assert study.propose().trial_id == "t0003"
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_an_epoch_that_is_new_gives_all_attempts_back(opened, restarts):
+    study = opened()
+    study.want(1)
+    for epoch in (1, 2):
+        for _ in range(MAX_RETRIES):
+            assert study.propose().trial_id == "t0001"
+            for known in range(1, epoch):  # reported again from its checkpoint: nothing new
+                assert not study.record_epoch("t0001", row(known, 0.5))
+            study.fail("t0001", DIED)
+            if restarts:
+                study = opened()
+        assert study.records["t0001"].retries == MAX_RETRIES
+        assert study.record_epoch("t0001", row(epoch, 0.5))
+        assert study.records["t0001"].retries == 0
+
+
+def test_what_cannot_pass_ends_the_trial_at_once(opened):
+    study = opened()
+    study.want(2)
+    study.propose(), study.propose()
+    study.fail("t0001", Failure("bug", "KeyError: 'x'"))
+    study.fail("t0002", Failure("diverged", "loss became nan"))
+    study.fail("t0002", Failure("bug", "what comes second"))
+    found = [(r.state, r.kind, r.cause) for r in study.records.values()]
+    assert found == [
+        ("failed", "bug", "KeyError: 'x'"),
+        ("diverged", "diverged", "loss became nan"),
+    ]
+    assert study.propose() is None
+
+
+def test_a_trial_that_is_tried_again_goes_before_new_ones_and_before_older_unfinished(opened):
+    study = opened()
+    study.want(5)
+    for _ in range(3):
+        study.propose()
+    study = opened()  # t0001 to t0003 are to go on
+    assert study.propose().trial_id == "t0001"
+    study.fail("t0001", DIED)
+    assert [study.propose().trial_id for _ in range(4)] == ["t0001", "t0002", "t0003", "t0004"]
+
+
+def test_when_ray_has_died_all_that_ran_is_proposed_again_once(opened):
+    study = opened(TINY, given(A, A, B, C))
+    study.want(5)
+    running = [study.propose() for _ in range(3)]  # t0002 waits for t0001
+    assert [p.trial_id for p in running] == ["t0001", "t0003", "t0004"]
+    study.fail("t0003", DIED)
+    study.end("t0004", "stopped", "slow")
+    study.put_back()
+    assert [study.propose().trial_id for _ in range(3)] == ["t0001", "t0003", "t0005"]
+    assert study.propose() is None
+
+
+def test_trials_that_only_wait_are_no_common_failure(opened):
+    study = opened()
+    study.want(4)
+    for _ in range(3):
+        study.propose()
+    for trial_id in ("t0001", "t0002", "t0003"):
+        study.fail(trial_id, DIED)
+    assert study.common_failure is None
+    for trial_id in ("t0001", "t0002", "t0003"):
+        study.end(trial_id, "failed", "OutOfMemoryError: (x.py:3)", "out of memory")
+    # Each for a reason of its own making: the search learns from it.
+    assert study.common_failure is None
+
+
+# --- Warnings ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_warning_is_written_once_for_each_trial(opened, events, restarted):
+    study = opened()
+    study.want(2)
+    study.propose(), study.propose()
+    study.record_epoch("t0001", row(1, 0.5), ["the checkpoint is old", "slow"])
+    if restarted:
+        study = opened()
+    # With an epoch that is known already, too: a resumed trial tells more than the first time.
+    study.record_epoch("t0001", row(1, 0.5), ["slow", "and now this"])
+    study.record_epoch("t0001", row(2, 0.5), ["the checkpoint is old", "and now this"])
+    study.record_epoch("t0002", row(1, 0.5), ["slow"])
+    assert study.records["t0001"].warnings == ["the checkpoint is old", "slow", "and now this"]
+    assert study.records["t0002"].warnings == ["slow"]
+    warned = [(e["trial"], e["text"]) for e in events() if e["event"] == "warned"]
+    assert warned == [
+        ("t0001", "the checkpoint is old"),
+        ("t0001", "slow"),
+        ("t0001", "and now this"),
+        ("t0002", "slow"),
+    ]
+
+
+# --- A space that was refined --------------------------------------------------------------------
+
+DEEP = TINY.replace('"freeze_depth", 0, 3', '"freeze_depth", 2, 3')
+
+
+@pytest.fixture
+def refined(opened):
+    """Return a study in space 2, after four trials in space 1: A and B lie outside of it."""
+
+    def open_refined(first=(), *, write=True, want=8):
+        study = opened(TINY, given(A, B, C, {**C, "batch_size": 64}))
+        study.want(5)
+        for _ in range(4):
+            study.propose()
+        conclude(study, "t0001", [0.5, 0.6, 0.7], "finished")
+        conclude(study, "t0003", [0.4, 0.5, 0.6], "finished")
+        study.record_epoch("t0002", row(1, 0.9))
+        study._ledger.append("refined", space=2, history=["t0001", "t0002"])
+        again = opened(DEEP, first, space_number=2)
+        again.want(want)
+        return again
+
+    return open_refined
+
+
+def test_a_refined_study_does_not_know_what_is_history_and_goes_on_with_the_rest(refined, opened):
+    study = refined()
+    assert [t.user_attrs["trial_id"] for t in study.frozen_trials()] == ["t0003", "t0004"]
+    assert [r.is_history for r in study.records.values()] == [True, True, False, False]
+    stopped = study.records["t0002"]
+    assert (stopped.state, stopped.told) == ("stopped", None)
+    assert "outside" in stopped.cause
+    assert len(stopped.rows) == 1
+    # What is unfinished and lies in it, goes on, in the space that its values are from.
+    proposal = study.propose()
+    assert (proposal.trial_id, proposal.space) == ("t0004", 1)
+    new = study.propose()
+    assert (new.trial_id, new.space) == ("t0005", 2)
+    assert new.params["freeze_depth"] in (2, 3)
+    again = opened(DEEP, space_number=2)
+    assert again.records == study.records
+    assert frozen(again) == frozen(study)
+    assert [(again.propose(), again.propose())] == [(proposal, new)]
+
+
+def test_history_counts_among_the_trials_that_are_wanted(refined):
+    study = refined(want=6)
+    assert study.remaining == 3  # t0004, and two new ones
+    assert [p.trial_id for p in work_off(study)][:2] == ["t0004", "t0005"]
+    assert len(study.records) == 6
+
+
+def test_recipes_that_an_earlier_space_has_tried_are_not_run_again(refined, opened):
+    new = {"freeze_depth": 3, "batch_size": 32}
+    first = given(C, new, {"batch_size": 64}, {"freeze_depth": 2, "batch_size": 64})
+    study = refined(first)
+    work = [study.propose() for _ in range(3)]
+    assert [p.trial_id for p in work[:2]] == ["t0004", "t0005"]
+    assert work[1].params == new  # C was t0003; what lacks a value, may be another trial
+    assert [study.records[p.trial_id].origin for p in work] == ["recipe"] * 3
+    assert work[2].params["batch_size"] == 64
+    again = opened(DEEP, first, space_number=2)  # knows those of its own space as its own
+    assert [again.propose() for _ in range(3)] == work
+    following = again.propose()
+    assert again.records[following.trial_id].origin == "search"
+
+
+def test_a_refined_space_does_not_run_again_what_an_earlier_one_has_found_out(refined):
+    study = refined(want=60)
+    ran = [json.dumps(p.params, sort_keys=True) for p in work_off(study)]
+    assert json.dumps(C, sort_keys=True) not in ran
+    assert len(set(ran)) == len(ran)
+    twins = {r.twin for r in study.records.values() if r.space == 2}
+    assert "t0003" in twins
+    assert not twins & {"t0001", "t0002"}
+
+
+def test_a_trial_that_was_history_can_come_back_with_another_space(refined, opened):
+    study = refined()
+    study._ledger.append("refined", space=3, history=["t0003", "t0004"])
+    again = opened(TINY, space_number=3)
+    assert [r.is_history for r in again.records.values()] == [False, False, True, True]
+    known = [t.user_attrs["trial_id"] for t in again.frozen_trials()]
+    assert known == ["t0001", "t0002"]
+    assert again.records["t0004"].state == "stopped"
+
+
+@pytest.mark.parametrize("how", ["extended", "refined"])
+def test_no_suggestion_is_repeated_when_a_sweep_goes_on(opened, how):
+    seen, number = [], 1
+    for _ in range(4):
+        study = opened(FLAT, space_number=number)
+        study.want(len(seen) + 5)
+        seen += [p.params for p in work_off(study)]
+        if how == "refined":
+            number += 1
+            study._ledger.append("refined", space=number, history=[])
+    assert len({json.dumps(params, sort_keys=True) for params in seen}) == len(seen) == 20
+
+
+def test_an_end_as_history_does_not_hide_a_common_failure(refined):
+    study = refined()  # which has ended t0002
+    for _ in range(3):
+        study.end(study.propose().trial_id, "failed", "KeyError: 'x' (loop.py:3)", "bug")
+    assert study.common_failure is not None

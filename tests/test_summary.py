@@ -22,7 +22,7 @@ def hand_made(tmp_path: Path) -> Path:
         RunDir(tmp_path),
         RunRecord(
             kind="sweep",
-            space_path="hand.py",
+            space_paths=("hand.py",),
             settings=RunSettings(),
             image_root=None,
             classes=("a", "b"),

@@ -20,9 +20,9 @@ from tests.conftest import SMALL_SPACE, read_ledger
 from tuneapp.cli import main
 from tuneapp.config import RunSettings
 from tuneapp.errors import ConfigError
+from tuneapp.machine import share_machine
 from tuneapp.prepare import assemble
 from tuneapp.rundir import open_run
-from tuneapp.sweep import share_machine
 from tuneapp.trial import run_trial
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
@@ -311,7 +311,7 @@ def test_a_time_budget_ends_the_sweep_and_leaves_the_rest_to_resume(
 def test_what_the_machine_cannot_give_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(4)))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    monkeypatch.setattr("tuneapp.sweep._cgroup", lambda name: "")
+    monkeypatch.setattr("tuneapp.machine._cgroup", lambda name: "")
     settings = RunSettings()
     assert share_machine(settings, 16, None) == (4, 1, 0.0)
     assert share_machine(settings, 16, 2) == (2, 2, 0.0)
@@ -324,7 +324,7 @@ def test_what_the_machine_cannot_give_is_refused(monkeypatch: pytest.MonkeyPatch
         share_machine(RunSettings(device="cuda"), 16, None)
     assert share_machine(settings, 1, None) == (1, 4, 0.0)  # no more at once than there are
     limits = {"cpu.max": "200000 100000", "memory.max": "max"}  # a container with two cores
-    monkeypatch.setattr("tuneapp.sweep._cgroup", limits.get)
+    monkeypatch.setattr("tuneapp.machine._cgroup", limits.get)
     assert share_machine(settings, 16, None) == (2, 1, 0.0)
     limits.update({"cpu.max": "max 100000", "memory.max": str(3 * 2**30)})
     assert share_machine(settings, 16, None) == (1, 4, 0.0)

@@ -47,6 +47,7 @@ from tuneapp.errors import CheckpointError, ConfigError, Diverged
 from tuneapp.models import build_network
 from tuneapp.schedules import Schedule
 from tuneapp.staged import StagedModel
+from tuneapp.statedict import read_state_dict
 from tuneapp.training import begin_training
 from tuneapp.trial import TrialRun, run_trial
 from tuneapp.weights import preprocessing_of
@@ -682,9 +683,10 @@ def test_what_is_validated_and_kept_is_the_average(
     assert trained_loss != pytest.approx(loss, rel=1e-3)
     assert rows[0]["applied"]["ema_decay"] == 0.5
 
-    kept = torch.load(tmp_path / "checkpoints" / f"epoch-{state.epoch:04d}.pt", weights_only=True)
+    file = tmp_path / "checkpoints" / f"epoch-{state.epoch:04d}.pt"
+    kept = read_state_dict(file, file.stat().st_mtime_ns)
     averaged = state.average.model.state_dict()
-    assert all(torch.equal(validated_weights(kept)[n], t) for n, t in averaged.items())
+    assert all(torch.equal(kept[f"module.{n}"], t) for n, t in averaged.items())
     best = state.model
     best.load_state_dict(validated_weights(read_best(tmp_path / "checkpoints")))
     best_row = state.history[state.best_epoch - 1]
@@ -996,7 +998,8 @@ def test_a_trials_folder_holds_its_files(small: TrialConfig, run: TrialRun, tmp_
     ]
     manifest = json.loads((folder / "checkpoints" / "manifest.json").read_text())
     assert (manifest["last"]["epoch"], manifest["best"]["epoch"]) == (3, state.best_epoch)
-    kept = {manifest["last"]["file"], manifest["best"]["file"], "manifest.json"}
+    frozen = {path for entry in manifest.values() for path in entry["parts"]}
+    kept = {entry["file"] for entry in manifest.values()} | frozen | {"manifest.json"}
     assert {p.name for p in (folder / "checkpoints").iterdir()} == kept
 
 

@@ -1,8 +1,9 @@
 """The command line: what can be asked, and what errors become exit codes.
 
-Exit codes: 0 done; 1 `doctor` found something serious; 2 bad input; 3 done, but some trials failed;
-4 no trial gave a result; 130 and 143 ended by Ctrl-C and SIGTERM. Each command imports what it
-needs when it runs: `--help` needs neither torch nor Ray.
+Exit codes: 0 done; 1 `doctor` found something serious, or `verify-resume` a difference; 2 bad
+input; 3 done, but some trials failed; 4 no trial gave a result; 5 the disk, or what is on it, or
+Ray failed; 75 the run is in use; 129, 130 and 143 ended by SIGHUP, Ctrl-C and SIGTERM. Each command
+imports what it needs when it runs: `--help` needs neither torch nor Ray.
 """
 
 import functools
@@ -26,6 +27,7 @@ from tuneapp.options import (
     chosen_data,
     chosen_settings,
     expanded,
+    num_bytes,
     seconds,
 )
 from tuneapp.terminal import (
@@ -112,6 +114,12 @@ Device = Annotated[
     Literal["auto", "cpu", "cuda"] | None,
     typer.Option(help="auto, the default: each trial's GPU, where it has one."),
 ]
+MoreTrials = Annotated[
+    int, typer.Option(metavar="N", help="Trials beyond those that RUN was to have.")
+]
+DashboardFlag = Annotated[
+    bool, typer.Option("--dashboard", help="Start the Ray dashboard and print its address.")
+]
 DashboardHost = Annotated[
     str | None,
     typer.Option(
@@ -138,15 +146,32 @@ def sweep(
         int | None,
         typer.Option(metavar="N", help="Trials at once. Default: one on each GPU or CPU core."),
     ] = None,
+    cpus_per_trial: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="CPU threads of each trial. Default: an equal share."),
+    ] = None,
+    gpus_per_trial: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="1, or the share of a GPU that each trial gets."),
+    ] = None,
     time_budget: Annotated[
         str | None,
         typer.Option(metavar="TIME", help="End after this long, such as 90s, 30m or 1h30m."),
     ] = None,
+    keep_best: Annotated[
+        int,
+        typer.Option(metavar="N", help="Keep the checkpoints of the N best trials that ended."),
+    ] = 5,
+    disk_budget: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Of all checkpoints, such as 20GB; the best stays."),
+    ] = None,
+    min_free: Annotated[
+        str, typer.Option(metavar="SIZE", help="Pause while the disk has less free than this.")
+    ] = "500MB",
     runs_dir: RunsDir = Path("runs"),
     name: Name = None,
-    dashboard: Annotated[
-        bool, typer.Option("--dashboard", help="Start the Ray dashboard and print its address.")
-    ] = False,
+    dashboard: DashboardFlag = False,
     dashboard_host: DashboardHost = None,
 ) -> int:
     """Search for the best configuration of SPACE on your images.
@@ -154,8 +179,9 @@ def sweep(
     The recipes of the space run first and in full; then Optuna's TPE proposes and ASHA stops
     what falls behind. Ctrl-C ends it tidily; `resume` goes on.
     """
-    if trials < 1:
-        raise ConfigError(f"--trials {trials}: must be at least 1")
+    for flag, number in (("--trials", trials), ("--keep-best", keep_best)):
+        if number < 1:
+            raise ConfigError(f"{flag} {number}: must be at least 1")
     budget_s = None if time_budget is None else seconds("--time-budget", time_budget)
     loaded = _read_space(space)
     settings = chosen_settings(
@@ -175,8 +201,13 @@ def sweep(
         runs_dir=runs_dir,
         name=name,
         concurrent=concurrent,
+        cpus_per_trial=cpus_per_trial,
+        gpus_per_trial=gpus_per_trial,
         time_budget_s=budget_s,
         dashboard_host=dashboard_host or ("127.0.0.1" if dashboard else None),
+        keep_best=keep_best,
+        disk_budget=None if disk_budget is None else num_bytes("--disk-budget", disk_budget),
+        min_free=num_bytes("--min-free", min_free),
     )
     with Show() as show:
         outcome = start_sweep(loaded, settings, options, say, show.begin, show.watch)
@@ -186,9 +217,7 @@ def sweep(
 @_command
 def resume(
     run: RunPath,
-    dashboard: Annotated[
-        bool, typer.Option("--dashboard", help="Start the Ray dashboard and print its address.")
-    ] = False,
+    dashboard: DashboardFlag = False,
     dashboard_host: DashboardHost = None,
 ) -> int:
     """Go on with RUN where it ended: unfinished trials from their last epoch, then the rest."""
@@ -208,6 +237,47 @@ def resume(
     with Show() as show:
         host = dashboard_host or ("127.0.0.1" if dashboard else None)
         outcome = resume_sweep(run, show.begin, show.watch, host)
+    return print_sweep(outcome)
+
+
+@_command
+def extend(
+    run: RunPath,
+    trials: MoreTrials = 16,
+    dashboard: DashboardFlag = False,
+    dashboard_host: DashboardHost = None,
+) -> int:
+    """Give the sweep in RUN more trials, and go on with it: what it knows, it knows."""
+    _require_more(trials)
+
+    from tuneapp.sweep import resume_sweep
+
+    with Show() as show:
+        host = dashboard_host or ("127.0.0.1" if dashboard else None)
+        outcome = resume_sweep(run, show.begin, show.watch, host, more=trials)
+    return print_sweep(outcome)
+
+
+@_command
+def refine(
+    run: RunPath,
+    space: SpaceFile,
+    trials: MoreTrials = 16,
+    dashboard: DashboardFlag = False,
+    dashboard_host: DashboardHost = None,
+) -> int:
+    """Go on with the sweep in RUN in a changed SPACE, on the same images and split.
+
+    Trials that lie in SPACE, too, teach the search; the others stay in RUN as its history.
+    """
+    _require_more(trials)
+    loaded = _read_space(space)
+
+    from tuneapp.sweep import refine_sweep
+
+    with Show() as show:
+        host = dashboard_host or ("127.0.0.1" if dashboard else None)
+        outcome = refine_sweep(run, loaded, trials, say, show.begin, show.watch, host)
     return print_sweep(outcome)
 
 
@@ -437,6 +507,91 @@ def lr_range(
 
 
 @_command
+def verify_resume(
+    space: SpaceFile,
+    data: DataOptions,
+    loading: LoadingOptions,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Value of a parameter; may be given several times. What is not set is as in the "
+            "first recipe of SPACE.",
+        ),
+    ] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Epochs of each training. Default: the space's, at most 3."),
+    ] = None,
+    image_size: ImageSize = None,
+    seed: Seed = None,
+    device: Device = None,
+    interruptions: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Kills. Default: one for each epoch but the last, at most 3."
+        ),
+    ] = None,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Keep both trainings, also where they are the same.")
+    ] = False,
+) -> int:
+    """Check that an interrupted training of SPACE comes to the same numbers.
+
+    One configuration is trained twice: straight, and killed and resumed. Metrics and all state
+    are compared to the last bit, so that a loss or an augment of your own that keeps state
+    outside of the checkpoint is found.
+
+    Exit code 0: all is the same. 1: something differs. 2: bad input.
+    """
+    if interruptions is not None and interruptions < 1:
+        raise ConfigError(f"--interruptions {interruptions}: must be at least 1")
+    loaded = _read_space(space)
+
+    from tuneapp.display import say_params, verified_lines, verified_table
+    from tuneapp.prepare import prepare_one
+    from tuneapp.verify import MOST_EPOCHS
+    from tuneapp.verify import verify_resume as verify
+
+    settings = chosen_settings(
+        RunSettings(data=chosen_data(data, loaded.data)),
+        loading,
+        seed=seed,
+        max_epochs=MOST_EPOCHS if epochs is None else epochs,
+        image_size=image_size,
+        device=device,
+    )
+    base = loaded.first_trials[0] if loaded.first_trials else {}
+    params = loaded.override(base, _pairs(set_ or []))
+    with Show() as show:
+        prepared, config, run = prepare_one(loaded, settings, params, say, show.watch)
+    for warning in prepared.warnings:
+        warn(warning)
+    say(f"trains    {say_params(params)}")
+    own_epochs = loaded.config(params).epochs
+    fewer = f" of the {own_epochs} that SPACE says, for this check" * (config.epochs < own_epochs)
+    say(f"epochs    {config.epochs}{fewer}")
+    given = {**vars(data), **vars(loading), "set": set_, "epochs": config.epochs}
+    given |= {"image_size": image_size, "seed": seed, "device": device}
+    with out.status("") as status:
+        found = verify(
+            [str(space.absolute()), *_flags(given)],
+            config,
+            run,
+            num_folds=prepared.images.num_folds,
+            interruptions=interruptions,
+            keep=keep,
+            tell=status.update,
+        )
+    if found.pieces:
+        out.print(verified_table(found))
+    for line in verified_lines(found):
+        say(line)
+    return 0 if found.is_same else 1
+
+
+@_command
 def final_test(
     run: RunPath,
     trial: Annotated[
@@ -531,6 +686,8 @@ def doctor(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
+    # Files of a run hold code and weights that are loaded again: others shall not write them.
+    os.umask(os.umask(0o022) | 0o022)
     # Before torch is loaded: its threads wait asleep and not spinning, or else a second busy
     # program slows a training down by far more than its share (benchmarks/busy_machine.py).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -541,7 +698,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return end.code if isinstance(end.code, int) else 0
     except TuneappError as error:
         print_to(err, f"tuneapp: error: {error}", "red")
-        return 2
+        return error.exit_code
     return 0
 
 
@@ -556,6 +713,11 @@ def _read_space(path: Path) -> "SearchSpace":
     space = SearchSpace.read(path)
     say(f"space     {path}: {space.summary}")
     return space
+
+
+def _require_more(trials: int) -> None:
+    if trials < 1:
+        raise ConfigError(f"--trials {trials}: must be at least 1")
 
 
 def _find_trial(path: Path, trial_id: str) -> "tuple[Summary, TrialRecord]":
@@ -583,8 +745,17 @@ def _from_run(
     from tuneapp.prepare import read_run_space
 
     read, record = _find_trial(path, trial_id)
-    space = read_run_space(read.run, read.record)
+    space = read_run_space(read.run, read.record, record.space)
     return space, read.record.settings, record.params, (read.run, read.record)
+
+
+def _flags(values: dict[str, Any]) -> list[str]:
+    """Return options as another process takes them on its command line."""
+    flags = []
+    for name, value in values.items():
+        given = value if isinstance(value, list) else [value]
+        flags += [f"--{name.replace('_', '-')}={one}" for one in given if one is not None]
+    return flags
 
 
 def _pairs(texts: list[str]) -> dict[str, str]:

@@ -14,22 +14,28 @@ from rich.table import Table
 from rich.text import Text
 
 from tuneapp.config import RunSettings, is_better
+from tuneapp.failures import at_fault, hint
 from tuneapp.ledger import Event
 from tuneapp.records import (
     FOLD_SCORE,
+    MAX_TWINS,
     TrialRecord,
     best_record,
     flat,
+    is_exhausted,
     read_records,
     spread_of,
+    take,
     trials_wanted,
 )
+from tuneapp.rundir import printable
 
 if TYPE_CHECKING:
     from tuneapp.anatomy import Anatomy
     from tuneapp.final_test import TestResult
     from tuneapp.lr_range import LrRange
     from tuneapp.summary import Summary
+    from tuneapp.verify import Difference, Kill, Piece, Verified
 
 STATE_STYLES = {
     "unfinished": "cyan",
@@ -37,8 +43,10 @@ STATE_STYLES = {
     "stopped": "dim",
     "diverged": "yellow",
     "failed": "red",
+    "duplicate": "dim",
 }
 MAX_BAD_SHOWN = 20
+MAX_DIFFERENCES_SHOWN = 3
 MUCH_WAITING = 0.2
 """Above this share of a training's time, waiting for data is worth a remedy."""
 HIDDEN_ROWS = 9  # lines of the terminal that the table leaves to its frame and to what was said
@@ -75,20 +83,24 @@ class Progress:
 
     def __call__(self, event: Event) -> None:
         """Take one event."""
-        if event["event"] == "proposed":
-            self._records |= read_records([event])
-        elif event["event"] == "sweep":
+        take(self._records, event)
+        if event["event"] == "sweep":
             self._wanted = event["trials"]
-        elif "trial" in event:
-            self._records[event["trial"]].apply(event)
+        if event["event"] in ("warned", "retried"):
+            # For the console: they scroll by above the live table.
+            self._console.print(_say_trouble(event), style="yellow", highlight=False, markup=False)
         if self._live is None:
-            line = self._line(event)
+            line = printable(self._line(event) or "")
             if line:
                 self._console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     @property
     def _step(self) -> str:
         return "epoch" if self._settings.data.folds is None else "fold"
+
+    @property
+    def _done(self) -> int:
+        return sum(r.state not in ("unfinished", "duplicate") for r in self._records.values())
 
     def _line(self, event: Event) -> str | None:
         metric = self._settings.metric
@@ -106,15 +118,13 @@ class Progress:
                 )
             case "ended":
                 cause = f": {event['cause']}" if event["cause"] else ""
-                done = sum(r.state != "unfinished" for r in self._records.values())
-                return f"{event['trial']} {event['state']}{cause}  [{done} of {self._wanted}]"
+                return f"{event['trial']} {event['state']}{cause}  [{self._done} of {self._wanted}]"
         return None
 
     def _render(self) -> RenderableType:
         records = list(self._records.values())
         best = best_record(records, self._settings)
-        done = sum(r.state != "unfinished" for r in records)
-        title = f"{done} of {self._wanted} trials done"
+        title = f"{self._done} of {self._wanted} trials done"
         if best is not None:
             metric = self._settings.metric
             title += f", best {metric} {best[1][metric]:.4f} ({best[0].trial_id})"
@@ -124,8 +134,15 @@ class Progress:
         shown = ended[len(ended) - max(room - len(running), 0) :] + running
         best_id = best[0].trial_id if best else None
         table = trials_table(shown, self._settings, best_id, unfinished="running")
-        table.title = title
+        table.title = Text(printable(title))
         return table
+
+
+def _say_trouble(event: Event) -> str:
+    """Return what happened to a trial that goes on all the same."""
+    if event["event"] == "warned":
+        return f"{event['trial']} {event['text']}"
+    return f"{event['trial']} {event['kind']}: {event['cause']}; it is tried again"
 
 
 def trials_table(
@@ -148,7 +165,8 @@ def trials_table(
     table.add_column("state", no_wrap=True)
     has_folds = settings.data.folds is not None
     table.add_column("folds" if has_folds else "epochs", justify="right", no_wrap=True)
-    table.add_column(settings.metric, justify="right", no_wrap=True)
+    # A class can be in it; as a Text, no name is taken for markup.
+    table.add_column(Text(printable(settings.metric)), justify="right", no_wrap=True)
     table.add_column("at", justify="right", no_wrap=True)
     table.add_column("parameters", overflow="fold")
     for record in records:
@@ -186,7 +204,7 @@ def anatomy_table(anatomy: "Anatomy") -> Table:
     for depth, stage in enumerate(anatomy.stages):
         table.add_row(
             str(depth),
-            Text(stage.name),
+            Text(printable(stage.name)),
             "?" if stage.output is None else " x ".join(f"{size:,}" for size in stage.output),
             f"{stage.parameters:,}",
             f"{stage.trainable:,}",
@@ -218,18 +236,24 @@ def say_params_shortly(params: dict[str, Any]) -> str:
 
 
 def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else printable(str(value))
 
 
 def result_lines(read: "Summary") -> list[str]:
     """Return what went wrong, the best trial, and what the search added to the recipes."""
     settings = read.record.settings
     metric = settings.metric
-    lines = [
-        f"{trial.trial_id} {trial.state}: {trial.cause}"
-        for trial in read.ranked
-        if trial.state in ("failed", "diverged")
-    ]
+    lines = _failure_lines(read.ranked)
+    twins = sum(trial.state == "duplicate" for trial in read.trials)
+    if twins:
+        lines.append(f"same      {twins} trial(s) were the same as earlier ones, and not run again")
+    if is_exhausted(read.trials):
+        lines.append(
+            f"exhausted the last {MAX_TWINS} proposals were all known: the space has no more"
+        )
+    history = sum(trial.is_history for trial in read.trials)
+    if history:
+        lines.append(f"history   {history} trial(s) lie outside the space as refined")
     if read.best is None:
         return [*lines, "best      none: no trial has finished an epoch"]
     trial, row = read.best
@@ -247,6 +271,17 @@ def result_lines(read: "Summary") -> list[str]:
     if read.best_recipe is not None:
         lines.append(_gain_line(read, row[metric]))
     return [*lines, *_test_lines(read)]
+
+
+def _failure_lines(trials: Sequence[TrialRecord]) -> list[str]:
+    """Return what ended trials before their time: each cause, then what is at fault and helps."""
+    failed = [trial for trial in trials if trial.state in ("failed", "diverged")]
+    lines = [
+        f"{t.trial_id} {t.state}: {t.kind + ': ' if t.kind not in ('', t.state) else ''}{t.cause}"
+        for t in failed
+    ]
+    kinds = dict.fromkeys(trial.kind for trial in failed if trial.kind)
+    return lines + [f"          {kind} ({at_fault(kind)}): {hint(kind)}" for kind in kinds]
 
 
 def bad_image_lines(read: "Summary") -> list[str]:
@@ -404,3 +439,83 @@ def lr_range_lines(found: "LrRange", name: str) -> list[str]:
             else []
         ),
     ]
+
+
+def verified_table(found: "Verified") -> Table:
+    """Return the pieces of a training's state: whether kills changed them, and what of them."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("piece", no_wrap=True)
+    table.add_column("result", no_wrap=True)
+    table.add_column("where", overflow="fold")
+    for piece in found.pieces:
+        differs = bool(piece.differences)
+        result = Text("differs", "bold red") if differs else Text("same", "green")
+        table.add_row(Text(printable(piece.name)), result, Text(printable(_say_piece(piece))))
+    return table
+
+
+def _say_piece(piece: "Piece") -> str:
+    if not piece.count:
+        return "there is none"
+    if not piece.differences:
+        return f"{piece.count:,} value(s)"
+    shown = [_say_difference(each) for each in piece.differences[:MAX_DIFFERENCES_SHOWN]]
+    more = len(piece.differences) - len(shown)
+    sizes = [each.largest for each in piece.differences if each.largest is not None]
+    return (
+        f"{len(piece.differences):,} of {piece.count:,}: {'; '.join(shown)}"
+        f"{f'; and {more:,} more' if more else ''}"
+        f"{f'; at most by {max(sizes):.2g}' if sizes else ''}"
+    )
+
+
+def _say_difference(difference: "Difference") -> str:
+    where = difference.where or "all of it"
+    if difference.largest is not None:
+        return where
+    return f"{where} {difference.straight}, killed {difference.killed}"
+
+
+def verified_lines(found: "Verified") -> list[str]:
+    """Return how often a training was killed, what came of it, and where to look if it differs."""
+    times = [_say_kill(kill) for kill in found.kills]
+    missed = found.asked - len(times)
+    late = f"; {missed} more came too late" if missed else ""
+    lines = [f"kills     {len(times)}, {', '.join(times)}, of {found.epochs}{late}"]
+    if found.is_same:
+        lines.append("verdict   the same to the last bit, interrupted or not")
+    elif found.failure:
+        lines.append(f"verdict   the killed training could not go on: {found.failure}")
+    else:
+        lines += _difference_lines(found)
+    if found.folder is not None:
+        lines.append(f"kept      {found.folder}: straight, killed, and what they printed")
+    return lines
+
+
+def _difference_lines(found: "Verified") -> list[str]:
+    """Return since when two trainings differ, and what that is usually due to."""
+    named = ", ".join(piece.name for piece in found.pieces if piece.differences)
+    lines = [f"verdict   differs: {named}"]
+    first, kill = found.first_epoch, found.kills[0].done
+    if first is not None and first <= kill:
+        lines.append(
+            f"since     epoch {first}, which no kill had touched: this training does not repeat, "
+            "interrupted or not"
+        )
+    elif first is not None:
+        lines.append(f"since     epoch {first}; the first kill was after {kill} whole epoch(s)")
+    lines.append(
+        "hint      state that is in no checkpoint: a loss or an augment of your own that counts "
+        "outside of its buffers, or draws from Python's `random` or NumPy instead of torch"
+    )
+    if found.device == "cuda":
+        lines.append(
+            "          on a GPU the last bits repeat with deterministic algorithms only "
+            "(torch.use_deterministic_algorithms); compare with --device cpu"
+        )
+    return lines
+
+
+def _say_kill(kill: "Kill") -> str:
+    return f"after epoch {kill.done}" if kill.is_between else f"in epoch {kill.done + 1}"

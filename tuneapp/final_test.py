@@ -81,8 +81,11 @@ def open_test(path: Path, trial_id: str, watch: Watch) -> TestResult:
             "held out"
         )
     require_unchanged(replace(images, examples=images.of("test")))
-    params = read_records(read_events(run.ledger))[trial_id].params
-    config, trial_run = assemble(run, record, trial_id, params, has_gpu=torch.cuda.is_available())
+    trial = read_records(read_events(run.ledger))[trial_id]
+    has_gpu = torch.cuda.is_available()
+    config, trial_run = assemble(
+        run, record, trial_id, trial.params, has_gpu=has_gpu, space=trial.space
+    )
     folder = run.trial(trial_id)
     folders = [fold_folder(folder, n + 1) for n in range(images.num_folds)] or [folder]
     contents = [read_best(place / "checkpoints") for place in folders]

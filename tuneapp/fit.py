@@ -14,7 +14,13 @@ from torch.overrides import TorchFunctionMode
 
 from tuneapp.config import TrialConfig, is_reference
 from tuneapp.errors import ConfigError, did_you_mean
-from tuneapp.models import build_network, find_family, freeze_depth_in, set_dropout
+from tuneapp.models import (
+    build_network,
+    find_family,
+    freeze_as,
+    freeze_depth_in,
+    set_dropout,
+)
 from tuneapp.own import find_own
 from tuneapp.staged import Stage, StagedModel, matches
 
@@ -176,7 +182,7 @@ def check_image_size(config: TrialConfig, size: int) -> list[str]:
     """Return whether the network cannot take images of `size` x `size` pixels, and which it can."""
     failure = _failure_at(config, size)
     if failure is None:
-        return []
+        return _failure_of_one(config, size) if config.batch_size == 1 else []
     if is_reference(config.model):
         return [f"model {config.model!r}: images of {size} x {size} pixels: {failure}"]
     usual = (32, 48, 64, 96, 128, 160, 192, 224, 256, 299, 384)
@@ -223,6 +229,25 @@ def _own_forward(staged: StagedModel, size: int) -> str | None:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         return f"for two of them and 10 classes it returned {got}, not logits (2, 10)"
     return None
+
+
+def _failure_of_one(config: TrialConfig, size: int) -> list[str]:
+    """Return whether what is trained cannot be trained on one image at a time, as BatchNorm can't.
+
+    Larger batches never leave a single image over.
+    """
+    staged = copy.deepcopy(skeleton(config.model, size, config.aux_weight > 0))
+    freeze_as(staged, config, config.epochs)
+    device = "cpu" if is_reference(config.model) else "meta"
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            staged.train()(torch.zeros(1, 3, size, size, device=device))
+    except Exception as error:
+        return [
+            f"batch_size 1: {config.model} cannot be trained on one image of {size} x {size} "
+            f"pixels at a time ({_first_line(error)}); give at least 2"
+        ]
+    return []
 
 
 def _first_line(error: Exception) -> str:

@@ -5,10 +5,12 @@ JSON lines. Each line carries its sequence number and a CRC-32 of itself and is 
 acknowledged and at most one torn line at its end. There are no clocks in it: order is the order of
 the lines. One process writes (it holds the run's lock), any number read.
 
-Events: `sweep` (how many trials are wanted), `proposed`, `applied`, `epoch`, `ended`, written by
-`study.py` alone; `test_opened` and `test_result`, written by `final_test.py`.
+Events: `sweep` (how many trials are wanted), `refined` (another space from here on), `proposed`,
+`applied`, `epoch`, `warned`, `retried`, `ended`, written by `study.py` alone; `test_opened` and
+`test_result`, written by `final_test.py`.
 """
 
+import errno
 import json
 import logging
 import os
@@ -17,7 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tuneapp.errors import RunError
+from tuneapp.errors import RunError, StorageError
+from tuneapp.room import write_patiently
 
 log = logging.getLogger(__name__)
 
@@ -28,17 +31,39 @@ def read_events(path: Path) -> list[Event]:
     """Return the events of the ledger at `path`, oldest first; a torn last line is left out.
 
     Raises:
-        RunError: there is no such file, or a line before the last is damaged.
+        RunError: there is no such file.
+        StorageError: a line before the last is damaged.
     """
     return _parse(_read(path), path)[0]
 
 
-class Ledger:
+class Events:
+    """Takes events and keeps them in memory: what a study needs that leaves no run behind."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def append(self, event: str, **fields: Any) -> Event:
+        """Add one event and return it as it is kept, with its sequence number."""
+        record = {"seq": len(self.events), "event": event, **fields}
+        self.events.append(record)
+        return record
+
+
+class Ledger(Events):
     """Appends events; each is on the disk when `append` returns."""
 
     def __init__(self, path: Path) -> None:
-        """Open the ledger at `path`, creating it where it is missing and mending a torn end."""
-        path.touch()
+        """Open the ledger at `path`, creating it where it is missing and mending a torn end.
+
+        Raises:
+            StorageError: it is damaged, or cannot be written.
+        """
+        try:
+            path.touch()
+        except OSError as error:
+            raise StorageError(f"{path} cannot be written: {error.strerror}") from None
+        self._path = path
         content = _read(path)
         self.events, good_bytes = _parse(content, path)
         if good_bytes < len(content):
@@ -53,21 +78,31 @@ class Ledger:
         Raises:
             ValueError: a number in a field is not finite.
             TypeError: a field is not JSON.
-            OSError: the disk did not take it; the ledger is as it was.
+            StorageError: the disk did not take it; the ledger is as it was. (Of a full one, it
+                waits for room.)
         """
         record = {"seq": len(self.events), "event": event, **fields}
         line = json.dumps({**record, "crc": _crc(record)}, allow_nan=False) + "\n"
         data = line.encode()
         try:
+            write_patiently(self._path.parent, 0, lambda: self._write(data), log.warning)
+        except OSError as error:
+            raise StorageError(
+                f"{self._path} cannot be written: {error.strerror or error}; nothing of it is "
+                "lost: mend that, then `resume`"
+            ) from error
+        self._size += len(data)
+        self.events.append(record)
+        return record
+
+    def _write(self, data: bytes) -> None:
+        try:
             if os.write(self._file, data) != len(data):
-                raise OSError("the ledger took only a part of a line: is the disk full?")
+                raise OSError(errno.ENOSPC, "the disk took only a part of a line")
             os.fsync(self._file)
         except OSError:
             os.ftruncate(self._file, self._size)  # or else the next line would follow half a one
             raise
-        self._size += len(data)
-        self.events.append(record)
-        return record
 
     def close(self) -> None:
         """Close the file. The ledger stays readable, and `events` too."""
@@ -101,7 +136,7 @@ def _parse(content: bytes, path: Path) -> tuple[list[Event], int]:
         event = _checked(line, seq=len(events))
         if event is None:
             if any(rest.strip() for rest in lines[number:]):
-                raise RunError(
+                raise StorageError(
                     f"{path}, line {number}: damaged; restore this file from a backup, or start "
                     "a new sweep"
                 )

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,13 @@ from torch.optim import Optimizer
 
 from tuneapp.average import WeightAverage
 from tuneapp.data.batches import Batch
-from tuneapp.errors import DataError, Diverged
+from tuneapp.errors import DataError, Diverged, TrialError
 from tuneapp.staged import StagedModel
 
 READ_EVERY = 50
 """Optimizer steps between two readings of the device."""
+MAX_SKIPPED = 20
+"""Steps in a row that may overflow float16: each halves the scale, so twenty end at a sixteenth."""
 
 
 class Steps(Protocol):
@@ -33,6 +35,22 @@ class Steps(Protocol):
 
     def step(self) -> object:
         """Go on by one step."""
+
+
+class CountingScaler(GradScaler):
+    """A gradient scaler that keeps, in checkpoints too, how many steps in a row were skipped."""
+
+    skipped_in_a_row = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return torch's state and the count; nothing where the scaler does nothing."""
+        state = super().state_dict()
+        return state and {**state, "skipped_in_a_row": self.skipped_in_a_row}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state; one of torch's own scaler has no count."""
+        super().load_state_dict(state_dict)
+        self.skipped_in_a_row = state_dict.get("skipped_in_a_row", 0)
 
 
 @dataclass(frozen=True)
@@ -57,9 +75,9 @@ class Precision:
         dtype = self.dtype if self.is_mixed else torch.bfloat16
         return torch.autocast(self.device_type, dtype=dtype, enabled=self.is_mixed)
 
-    def scaler(self) -> GradScaler:
+    def scaler(self) -> CountingScaler:
         """Return the gradient scaler, which does nothing but for float16."""
-        return GradScaler(self.device_type, enabled=self.dtype is torch.float16)
+        return CountingScaler(self.device_type, enabled=self.dtype is torch.float16)
 
 
 @dataclass(frozen=True)
@@ -73,6 +91,7 @@ class EpochMetrics:
         largest_batch: examples of the largest batch seen.
         images_per_s: examples trained on per second.
         data_wait: share in [0, 1] of the time spent waiting for the next batch.
+        skipped: steps that the scaler skipped, because their gradients overflowed float16.
     """
 
     loss: float
@@ -81,6 +100,7 @@ class EpochMetrics:
     largest_batch: int
     images_per_s: float
     data_wait: float
+    skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -138,11 +158,12 @@ def train_one_epoch(
 
     Raises:
         Diverged: the loss became NaN or infinite.
+        TrialError: the scaler skipped `MAX_SKIPPED` steps in a row.
         DataError: `batches` held no example.
     """
     model.train()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    meter = _Meter(epoch)
+    meter = _Meter(epoch, scaler)
     for images, labels in meter.timed(batches):
         optimizer.zero_grad(set_to_none=True)
         batch_loss = torch.zeros((), device=labels.device)
@@ -214,8 +235,11 @@ def _summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
 class _Meter:
     """Adds up an epoch on the device, and reads it rarely."""
 
-    def __init__(self, epoch: int) -> None:
+    def __init__(self, epoch: int, scaler: GradScaler) -> None:
         self._epoch = epoch
+        self._scaler = scaler
+        self._skipped = 0
+        self._in_a_row: int = getattr(scaler, "skipped_in_a_row", 0)
         self._unread: list[tuple[Tensor, Tensor]] = []
         self._sizes: list[int] = []
         self._losses: list[float] = []
@@ -256,6 +280,7 @@ class _Meter:
             largest_batch=max(self._sizes),
             images_per_s=examples / seconds,
             data_wait=self._wait_s / seconds,
+            skipped=self._skipped,
         )
 
     def _mean_norm(self) -> float:
@@ -272,4 +297,20 @@ class _Meter:
             self._losses.append(loss)
             if not math.isfinite(loss):
                 raise Diverged(self._epoch, step=len(self._losses), value=loss)
-        self._norms.extend(torch.stack(norms).tolist())
+        for norm in torch.stack(norms).tolist():
+            self._norms.append(norm)
+            if self._scaler.is_enabled():
+                self._count(is_skipped=not math.isfinite(norm))
+        if isinstance(self._scaler, CountingScaler):
+            self._scaler.skipped_in_a_row = self._in_a_row
+
+    def _count(self, *, is_skipped: bool) -> None:
+        """The scaler skips a step with a gradient that is not finite; its norm is not, either."""
+        self._skipped += is_skipped
+        self._in_a_row = self._in_a_row + 1 if is_skipped else 0
+        if self._in_a_row == MAX_SKIPPED:
+            raise TrialError(
+                f"mixed precision: {MAX_SKIPPED} steps in a row were skipped, the last in epoch "
+                f"{self._epoch}: their gradients overflow float16, however small the loss is "
+                "scaled; use amp='bf16' or amp='off'"
+            )

@@ -56,10 +56,11 @@ def find_own(reference: str, field: str) -> Any:
     if module is None:
         try:
             module = importlib.import_module(module_name)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a script, too, that runs when it is imported
+            said = " ".join(str(error).split())  # one line
             raise ConfigError(
                 f"{field} {reference!r}: cannot import {module_name}: "
-                f"{type(error).__name__}: {error}; it must be importable from here, or lie beside "
+                f"{type(error).__name__}: {said}; it must be importable from here, or lie beside "
                 "the search space"
             ) from error
     found = getattr(module, name, None)

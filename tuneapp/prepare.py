@@ -4,7 +4,6 @@ A sweep and a single run begin here: the space is probed in every branch, models
 are looked up, weights are found, images are decoded. Only then is a run directory made.
 """
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -38,11 +37,20 @@ from tuneapp.data.store import (
 from tuneapp.data.views import check_augment
 from tuneapp.errors import ConfigError, RunError, SpaceError
 from tuneapp.fit import check_image_size, check_model
+from tuneapp.ledger import read_events
 from tuneapp.losses import check_loss
 from tuneapp.metrics import metric_names
 from tuneapp.models import build_staged
 from tuneapp.own import fingerprints, import_from, require_same_code
-from tuneapp.rundir import RunDir, RunRecord, open_run, write_atomically, write_record
+from tuneapp.records import read_records
+from tuneapp.rundir import (
+    RunDir,
+    RunRecord,
+    open_run,
+    require_own,
+    write_atomically,
+    write_record,
+)
 from tuneapp.schedules import check_schedule, check_steps
 from tuneapp.space import Branch, SearchSpace
 from tuneapp.staged import StagedModel
@@ -90,6 +98,7 @@ def prepare(
     branches: list[Branch],
     say: Say,
     watch: Watch = _unwatched,
+    images: ImageSet | None = None,
 ) -> Prepared:
     """Check the branches of `space` against models, weights and data, and decode the images.
 
@@ -99,6 +108,7 @@ def prepare(
         branches: what is to be checked: all of the space's, or the one that is to be trained.
         say: told what was found.
         watch: told how far the decoding of the images is.
+        images: of a run that goes on; None reads those of the settings.
 
     Raises:
         SpaceError: some branch asks for what does not exist; every such mistake is named.
@@ -107,12 +117,13 @@ def prepare(
     """
     configs = [settings.applied_to(branch.config) for branch in branches]
     _refuse(space, (m for c in configs for m in (*check_model(c), *check_schedule(c))))
-    images = read_images(settings.data, settings.seed)
+    images = images or read_images(settings.data, settings.seed)
     for line in data_lines(images):
         say(line)
     _require_metric(settings, images)
     _refuse(space, (m for c in configs for m in _mistakes_with(c, images)))
-    found = {weights_key(c): find_weights(c.model, c.weights) for c in configs}
+    wanted = {weights_key(c): c for c in configs}
+    found = {key: find_weights(c.model, c.weights) for key, c in wanted.items()}
     _try_weights(configs, images, found, say)
     images, findings = _decode(configs, images, settings, say, watch)
     _refuse(space, _sampling_mistakes(configs, images, settings))
@@ -302,16 +313,34 @@ def _refuse(space: SearchSpace, mistakes: Iterable[str]) -> None:
 
 def lay_out(run: RunDir, space: SearchSpace, images: ImageSet, record: RunRecord) -> None:
     """Write everything into a new run directory but the ledger."""
-    write_atomically(run.space_file, lambda aside: aside.write_text(space.text, encoding="utf-8"))
+    write_space(run, space)
     write_split(run.split_file, images)
     write_bad_images(run.bad_images_file, images)
     write_record(run, record)
 
 
-def read_run_space(run: RunDir, record: RunRecord) -> SearchSpace:
-    """Return the space of a run: the copy, as if it still stood where the file did."""
+def write_space(run: RunDir, space: SearchSpace, number: int = 1) -> None:
+    """Write the copy of a space of the run."""
+    write_atomically(
+        run.space_file(number), lambda aside: aside.write_text(space.text, encoding="utf-8")
+    )
+
+
+def read_run_space(run: RunDir, record: RunRecord, number: int = 1) -> SearchSpace:
+    """Return a space of a run: the copy, as if it still stood where the file did.
+
+    Args:
+        run: the run directory.
+        record: of the run.
+        number: which space, from 1; more than 1 after it was refined.
+
+    Raises:
+        RunError: the copy belongs to somebody else: it is code, and would run as you.
+    """
+    file = run.space_file(number)
+    require_own(file)
     import_from(record.import_from)
-    return SearchSpace(run.space_file.read_text(encoding="utf-8"), Path(record.space_path))
+    return SearchSpace(file.read_text(encoding="utf-8"), Path(record.space_paths[number - 1]))
 
 
 def read_run_images(run: RunDir, record: RunRecord) -> ImageSet:
@@ -345,10 +374,25 @@ def check_again(
 
 
 def assemble(
-    run: RunDir, record: RunRecord, trial_id: str, params: Mapping[str, Any], *, has_gpu: bool
+    run: RunDir,
+    record: RunRecord,
+    trial_id: str,
+    params: Mapping[str, Any],
+    *,
+    has_gpu: bool,
+    space: int = 1,
 ) -> tuple[TrialConfig, TrialRun]:
-    """Return a trial of a run: its configuration, and where and how it runs."""
-    config = record.settings.applied_to(read_run_space(run, record).config(params))
+    """Return a trial of a run: its configuration, and where and how it runs.
+
+    Args:
+        run: the run directory.
+        record: of the run.
+        trial_id: names the trial's folder.
+        params: its sampled values.
+        has_gpu: whether a GPU is given to it.
+        space: number of the space of the run that the values belong to.
+    """
+    config = record.settings.applied_to(read_run_space(run, record, space).config(params))
     require_same_code(record.code, _references(config))  # again: it can change while trials run
     found = record.weights.get(weights_key(config))
     if found is None:  # a choice between the ends of a range, which the probe did not see
@@ -361,6 +405,8 @@ def assemble(
         num_threads=record.cpus_per_trial,
         has_gpu=has_gpu,
         folder=run.trial(trial_id),
+        frozen_folder=run.frozen,
+        min_free=record.min_free,
         params=params,
     )
 
@@ -385,10 +431,13 @@ def load_model(run_path: Path, trial_id: str, fold: int | None = None) -> Staged
     if (fold is None) != (record.settings.data.folds is None):
         raise RunError(f"{run_path}: give fold= for a run with folds, and only there")
     content = read_best((folder / f"fold{fold}" if fold else folder) / "checkpoints")
-    params = json.loads(
-        ((folder / "fold1" if fold else folder) / "config.json").read_text(encoding="utf-8")
-    )["params"]
-    config, trial_run = assemble(run, record, trial_id, params, has_gpu=False)
+    trials = read_records(read_events(run.ledger))
+    if trial_id not in trials:
+        raise RunError(f"{run_path} has no trial {trial_id}; it has {', '.join(trials) or 'none'}")
+    trial = trials[trial_id]
+    config, trial_run = assemble(
+        run, record, trial_id, trial.params, has_gpu=False, space=trial.space
+    )
     size = preprocessing_of(config, trial_run.images.native_size).crop_size
     model = build_staged(config, len(record.classes), size)
     model.load_state_dict(validated_weights(content))

@@ -11,7 +11,10 @@ from tuneapp.ledger import Event
 FOLD_SCORE = "fold/"
 """Before the name of the metric: the score of the one fold that a row is about."""
 
-State = Literal["unfinished", "finished", "stopped", "diverged", "failed"]
+MAX_TWINS = 20
+"""After so many proposals in a row that were all known, a space is taken to be exhausted."""
+
+State = Literal["unfinished", "finished", "stopped", "diverged", "failed", "duplicate"]
 Origin = Literal["recipe", "search", "set"]
 
 
@@ -27,9 +30,17 @@ class TrialRecord:
         epochs: how many rows it was to report: its epochs, or with folds, its folds.
         rows: metrics of each epoch done; with folds, their means over the folds done.
         applied: what it really trained with in its newest epoch; empty before its first.
-        state: `stopped` is early, by comparison with others; `unfinished` can go on.
+        state: `stopped` is early, by comparison with others; `unfinished` can go on; `duplicate`
+            is not run: an earlier trial is the same.
         cause: why it did not finish, in a line.
+        kind: of a failure, one of `failures.KINDS`; else empty.
         told: the value that the sampler was told; None where it was told of no value.
+        config_hash: of its effective configuration; equal ones are duplicates.
+        twin: the earlier trial that it is a duplicate of; empty for nearly all.
+        retries: how often it was tried again since its newest epoch.
+        warnings: what its process wants the user to know.
+        space: number of the space of the run that proposed it: 1, or more after a `refine`.
+        is_history: it lies outside the space as refined, and the search does not know of it.
     """
 
     trial_id: str
@@ -40,7 +51,14 @@ class TrialRecord:
     applied: dict[str, Any] = field(default_factory=dict)
     state: State = "unfinished"
     cause: str = ""
+    kind: str = ""
     told: float | None = None
+    config_hash: str = ""
+    twin: str = ""
+    retries: int = 0
+    warnings: list[str] = field(default_factory=list)
+    space: int = 1
+    is_history: bool = False
 
     def best(self, settings: RunSettings, up_to: int | None = None) -> dict[str, Any] | None:
         """Return the row of the best epoch, the earliest of equals; None before the first.
@@ -70,9 +88,15 @@ class TrialRecord:
                 self.applied = event["applied"]
             case "epoch":
                 self.rows.append(event["row"])
+                self.retries = 0
+            case "warned":
+                self.warnings.append(event["text"])
+            case "retried":
+                self.retries += 1
             case "ended":
                 self.state = event["state"]
                 self.cause = event["cause"]
+                self.kind = event.get("kind", "")
                 self.told = event["told"]
 
 
@@ -80,18 +104,60 @@ def read_records(events: Iterable[Event]) -> dict[str, TrialRecord]:
     """Return the trials of a ledger by their ids, in the order in which they were proposed."""
     records: dict[str, TrialRecord] = {}
     for event in events:
-        if event["event"] == "proposed":
-            records[event["trial"]] = TrialRecord(
-                event["trial"], event["origin"], event["params"], event["epochs"]
-            )
-        elif "trial" in event:
-            records[event["trial"]].apply(event)
+        take(records, event)
     return records
+
+
+def take(records: dict[str, TrialRecord], event: Event) -> None:
+    """Bring the trials up to date with one event more."""
+    if event["event"] == "proposed":
+        records[event["trial"]] = TrialRecord(
+            event["trial"],
+            event["origin"],
+            event["params"],
+            event["epochs"],
+            config_hash=event.get("config_hash", ""),
+            twin=event.get("twin", ""),
+            space=event.get("space", 1),
+        )
+    elif event["event"] == "refined":
+        for trial_id, record in records.items():
+            record.is_history = trial_id in event["history"]
+    elif "trial" in event:
+        records[event["trial"]].apply(event)
+
+
+def current_space(events: Iterable[Event]) -> int:
+    """Return the number of the space that trials of the run come from now."""
+    return next((e["space"] for e in reversed(list(events)) if e["event"] == "refined"), 1)
 
 
 def trials_wanted(events: Iterable[Event]) -> int:
     """Return how many trials the run shall have in all."""
     return next((e["trials"] for e in reversed(list(events)) if e["event"] == "sweep"), 0)
+
+
+def is_exhausted(records: Iterable[TrialRecord]) -> bool:
+    """Whether the newest proposals of a space were all the same as earlier trials."""
+    records = list(records)
+    newest = [r for r in records if r.space == records[-1].space][-MAX_TWINS:] if records else []
+    return len(newest) == MAX_TWINS and all(record.twin for record in newest)
+
+
+def trials_to_go(records: Iterable[TrialRecord], wanted: int) -> int:
+    """Return how many trials are to run yet: unfinished ones, and ones not proposed yet.
+
+    Duplicates are not run, and count as none.
+
+    Args:
+        records: all trials of the run, in the order in which they were proposed.
+        wanted: trials that the run shall have.
+    """
+    records = list(records)
+    unfinished = sum(record.state == "unfinished" for record in records)
+    if is_exhausted(records):
+        return unfinished
+    return unfinished + max(wanted - sum(not record.twin for record in records), 0)
 
 
 def best_record(

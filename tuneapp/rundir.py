@@ -5,6 +5,9 @@
         run.json          settings, number format of this layout, versions, weights, warnings
         bad_images.csv    images that cannot be read and files that are none, if there are some
         space.py          the search space as it was when the run began; a resumed run uses this one
+                          (space-2.py and so on: as it was refined)
+        study.log         Optuna's view of the trials, a mirror for optuna-dashboard
+        frozen/           what trials froze, once for all of their checkpoints, named by its hash
         split.csv         every image: path, class, split, fold, group, weight, its fingerprint
         trials/t0001/     config.json, epochs.csv, log.txt, TensorBoard events, checkpoints/ with
                           their manifest; error.txt of a failed trial
@@ -19,6 +22,7 @@ import os
 import platform
 import re
 import secrets
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -28,9 +32,10 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from tuneapp.config import Data, RunSettings
-from tuneapp.errors import ConfigError, RunError
+from tuneapp.errors import ConfigError, RunError, RunInUse, StorageError
 
-FORMAT = 1
+FORMAT = 2
+"""Of `run.json` and the ledger. 2: several spaces, a budget for checkpoints. 1 is read, too."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _PACKAGES = ("tuneapp", "torch", "torchvision", "ray", "optuna", "tensorboardX", "pandas", "numpy")
 
@@ -51,10 +56,14 @@ class RunDir:
         """Settings, versions, weights."""
         return self.path / "run.json"
 
+    def space_file(self, number: int = 1) -> Path:
+        """Return the copy of a space of the run: the first, or one that it was refined to."""
+        return self.path / ("space.py" if number == 1 else f"space-{number}.py")
+
     @property
-    def space_file(self) -> Path:
-        """The copy of the search space."""
-        return self.path / "space.py"
+    def study_file(self) -> Path:
+        """The mirror of the study."""
+        return self.path / "study.log"
 
     @property
     def split_file(self) -> Path:
@@ -67,25 +76,43 @@ class RunDir:
         return self.path / "bad_images.csv"
 
     @property
+    def frozen(self) -> Path:
+        """What is frozen in the networks of trials; their checkpoints share it."""
+        return self.path / "frozen"
+
+    @property
     def trials_table(self) -> Path:
         """The table of trials."""
         return self.path / "trials.csv"
 
     def trial(self, trial_id: str) -> Path:
-        """Return the folder of a trial."""
-        return self.path / "trials" / trial_id
+        """Return the folder of a trial.
+
+        Raises:
+            RunError: the id, or a link, leads out of the run directory; ours never do.
+        """
+        if not _NAME.fullmatch(trial_id):
+            raise RunError(f"{trial_id!r} is no trial id, such as t0001")
+        folder = self.path / "trials" / trial_id
+        _refuse_links(folder)
+        if folder.is_symlink():
+            raise RunError(f"{folder} is a link, and a run is written into its own folder only")
+        return folder
 
     def lock(self) -> FileLock:
         """Take the run for this process, until `release()` or its death.
 
         Raises:
-            RunError: another process is working in this run directory.
+            RunInUse: another process is working in this run directory.
+            StorageError: the directory cannot be written.
         """
         lock = FileLock(self.path / ".lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise RunError(f"{self.path} is in use by another tuneapp; wait for it") from None
+            raise RunInUse(f"{self.path} is in use by another tuneapp; wait for it") from None
+        except OSError as error:
+            raise StorageError(f"{self.path} cannot be written: {error.strerror}") from None
         return lock
 
 
@@ -95,7 +122,8 @@ class RunRecord:
 
     Attributes:
         kind: `sweep`, or `train` for a single configuration.
-        space_path: absolute path of the search-space file; `space.py` is its copy.
+        space_paths: absolute path of the search-space file, of which `space.py` is the copy; then
+            those to which the run was refined.
         settings: where and how the trials run.
         image_root: absolute folder of the images; None for embedded data.
         classes: class names in the order of their labels.
@@ -109,10 +137,13 @@ class RunRecord:
         time_budget_s: seconds after which the sweep ends; None is no limit.
         import_from: folders in which the user's own modules are looked for, after all others.
         code: files of the user's own networks, losses and schedules, and their SHA-256.
+        keep_best: how many trials' checkpoints are kept once they have ended.
+        disk_budget: bytes that all checkpoints may take; None is no limit.
+        min_free: bytes of the disk below which trials wait for room.
     """
 
     kind: Literal["sweep", "train"]
-    space_path: str
+    space_paths: tuple[str, ...]
     settings: RunSettings
     image_root: str | None
     classes: tuple[str, ...]
@@ -126,6 +157,9 @@ class RunRecord:
     import_from: tuple[str, ...] = ()
     code: Mapping[str, str] = field(default_factory=dict)
     is_multilabel: bool = False
+    keep_best: int = 5
+    disk_budget: int | None = None
+    min_free: int = 500 * 10**6
 
 
 def create_run(runs_dir: Path, name: str | None, default_name: str) -> RunDir:
@@ -172,14 +206,18 @@ def open_run(path: Path) -> tuple[RunDir, RunRecord]:
 
     Raises:
         RunError: it is no run directory, or one of a newer tuneapp.
+        StorageError: its record is damaged.
     """
     run = RunDir(path)
+    _refuse_links(path)
     try:
         plain = json.loads(run.settings_file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise RunError(f"{path} is not a run directory: it has no run.json") from None
+    except OSError as error:
+        raise StorageError(f"{run.settings_file} cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise RunError(f"{run.settings_file} is damaged: {error}") from None
+        raise StorageError(f"{run.settings_file} is damaged: {error}") from None
     try:
         made_by = plain.pop("versions")
         if plain.pop("format") > FORMAT:
@@ -193,15 +231,63 @@ def open_run(path: Path) -> tuple[RunDir, RunRecord]:
         plain["classes"] = tuple(plain["classes"])
         plain["warnings"] = tuple(plain["warnings"])
         plain["import_from"] = tuple(plain.get("import_from", ()))
+        # Format 1 knew one space.
+        plain["space_paths"] = tuple(plain.get("space_paths") or [plain["space_path"]])
+        plain.pop("space_path", None)
         return run, RunRecord(**plain)
     except (KeyError, TypeError, AttributeError, ConfigError) as error:
-        raise RunError(f"{run.settings_file} is no record of a run: {error}") from None
+        raise StorageError(f"{run.settings_file} is no record of a run: {error}") from None
+
+
+def require_own(file: Path) -> None:
+    """Refuse to run code from a run directory that somebody else could have written.
+
+    Raises:
+        RunError: the file is another user's, or others may write it.
+    """
+    status = file.stat()
+    if status.st_uid not in (os.geteuid(), 0) or status.st_mode & stat.S_IWOTH:
+        raise RunError(
+            f"{file} belongs to another user, or others may write it, and it is code: look "
+            "through it, then make it yours (chown) and yours alone (chmod o-w)"
+        )
 
 
 def write_json(path: Path, plain: object) -> None:
     """Write `plain` as indented JSON, whole or not at all."""
     text = json.dumps(plain, indent=2, allow_nan=False) + "\n"
     write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def cell(value: Any) -> Any:
+    """Keep a text in a table that people open from being run by a spreadsheet as a formula.
+
+    A `'` goes before it, and before one that has a `'` there already, so that taking it off gives
+    the text again.
+    """
+    starts = ("=", "+", "-", "@", "\t", "\r")
+    is_formula = isinstance(value, str) and value.lstrip("'").startswith(starts)
+    return f"'{value}" if is_formula else value
+
+
+def printable(text: str) -> str:
+    """Return a text with what a terminal would obey, line ends too, as Python writes it."""
+    return "".join(c if c.isprintable() or c == "\t" else ascii(c)[1:-1] for c in text)
+
+
+def _refuse_links(folder: Path) -> None:
+    """Refuse what would be written elsewhere: a run that somebody gave us can hold such links.
+
+    Raises:
+        RunError: the folder, which need not exist, holds a link.
+    """
+    entries = os.scandir(folder) if folder.is_dir() else ()
+    for entry in entries:
+        if entry.is_symlink():
+            raise RunError(
+                f"{entry.path} is a link, and a run is written into its own folder only: put what "
+                "it leads to in its place"
+            )
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -3,7 +3,10 @@
 They are Optuna trials to the space's function, and remember what it asked for.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Reversible, Sequence
+from decimal import Decimal
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +29,10 @@ def describe(distribution: BaseDistribution) -> str:
     return f"{low:g} to {high:g}{', whole' if whole else ''}{log}"
 
 
+class BadParameter(ValueError):  # noqa: N818 - what the space's file is told, with its line
+    """A parameter cannot be searched as it is asked for."""
+
+
 class _SuggestOnly(optuna.trial.BaseTrial):
     """The public `suggest_*` methods over one method of ours, `_value`.
 
@@ -45,7 +52,7 @@ class _SuggestOnly(optuna.trial.BaseTrial):
     def _suggest(self, name: str, distribution: BaseDistribution) -> Any:
         known = self.asked.setdefault(name, distribution)
         if known != distribution:
-            raise SpaceError(
+            raise BadParameter(
                 f"parameter {name!r} is asked for twice: {describe(known)}, then "
                 f"{describe(distribution)}"
             )
@@ -62,22 +69,19 @@ class _SuggestOnly(optuna.trial.BaseTrial):
         step: float | None = None,
         log: bool = False,
     ) -> float:
+        _require_range(name, low, high, step, log, Real)
         distribution = optuna.distributions.FloatDistribution(low, high, log=log, step=step)
         return float(self._suggest(name, distribution))
 
     def suggest_int(
         self, name: str, low: int, high: int, *, step: int = 1, log: bool = False
     ) -> int:
+        _require_range(name, low, high, step, log, Integral)
         distribution = optuna.distributions.IntDistribution(low, high, log=log, step=step)
         return int(self._suggest(name, distribution))
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        odd = [c for c in choices if not isinstance(c, str | int | float | bool | None)]
-        if odd:  # the ledger is JSON, which would give back something else
-            raise SpaceError(
-                f"parameter {name!r}: choice {odd[0]!r} is not a text, number, boolean or None; "
-                "choose a name, and look the value up by it"
-            )
+        _require_choices(name, choices)
         return self._suggest(name, CategoricalDistribution(choices))
 
     # Optuna's base class wants these too; a search space has no use for them.
@@ -118,6 +122,54 @@ class _SuggestOnly(optuna.trial.BaseTrial):
     @property
     def datetime_start(self) -> None:
         return None
+
+
+def _require_name(name: object) -> None:
+    if not isinstance(name, str) or not name:
+        raise BadParameter(f"a parameter's name must be a text, got {name!r}")
+
+
+def _require_range(
+    name: str, low: float, high: float, step: float | None, log: bool, kind: type
+) -> None:
+    """Refuse what Optuna would take, and search something else: it cuts, rounds and warns."""
+    _require_name(name)
+    said = f"parameter {name!r} from {low!r} to {high!r}"
+    for number in (low, high, 1 if step is None else step):
+        is_number = isinstance(number, kind) and not isinstance(number, bool)
+        if not is_number or not abs(number) <= sys.float_info.max:  # infinite ones, NaN
+            whole = "a whole number" if kind is Integral else "a finite number"
+            raise BadParameter(f"{said}: {number!r} is not {whole}")
+    if low > high:
+        raise BadParameter(f"{said}: the low end is above the high end")
+    if log and low <= 0:
+        raise BadParameter(f"{said}: with log=True the low end must be above 0")
+    if step is None or (log and step == 1):
+        return
+    if log or step <= 0:
+        wrong = "goes without log=True" if log else "must be above 0"
+        raise BadParameter(f"{said}: step={step!r} {wrong}")
+    if (Decimal(str(high)) - Decimal(str(low))) % Decimal(str(step)):
+        raise BadParameter(f"{said}: step={step!r} does not divide the range")
+
+
+def _require_choices(name: str, choices: object) -> None:
+    _require_name(name)
+    # A text would be its letters, and a set has another order in each process.
+    listed = list(choices) if isinstance(choices, Reversible) else []
+    if isinstance(choices, str) or not listed:
+        raise BadParameter(f"parameter {name!r}: choices must be a list of some, got {choices!r}")
+    for index, choice in enumerate(listed):
+        plain = isinstance(choice, str | int | float | bool | None)
+        if not plain or (isinstance(choice, float) and not abs(choice) <= sys.float_info.max):
+            # The ledger is JSON, which would give back something else.
+            raise BadParameter(
+                f"parameter {name!r}: choice {choice!r} is not a text, finite number, boolean or "
+                "None; choose a name, and look the value up by it"
+            )
+        same = [other for other in listed[:index] if other == choice]
+        if same:  # 1 and True, too: Optuna cannot tell them apart
+            raise BadParameter(f"parameter {name!r}: choices {same[0]!r} and {choice!r} are equal")
 
 
 class ScriptedTrial(_SuggestOnly):

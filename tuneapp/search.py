@@ -5,17 +5,28 @@ keeps state of its own that could be lost: after a restart both are made again f
 """
 
 import json
+import logging
 import math
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import psutil
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from tuneapp.errors import RayDied
+from tuneapp.failures import Failure
+from tuneapp.keeping import Keeper
 from tuneapp.ledger import Event
+from tuneapp.room import free_bytes, say_bytes
 from tuneapp.study import Study
 from tuneapp.trainable import MESSAGE, SCORE
+from tuneapp.watchdog import Watchdog, first_dead, kernel_memory_kills, why_it_died
+
+log = logging.getLogger(__name__)
 
 REDUCTION_FACTOR = 3
 """The better third of the trials goes on at each rung."""
@@ -29,9 +40,53 @@ class Driver:
     Its copies are never read (a resumed sweep is built from the ledger), so they hold nothing.
     """
 
-    def __init__(self, study: Study, run_dir: str) -> None:
+    def __init__(
+        self, study: Study, run_dir: str, min_free: int = 0, keeper: Keeper | None = None
+    ) -> None:
+        """Take the study of a run, and how many bytes of its disk must be free for trials to begin.
+
+        Args:
+            study: of the run.
+            run_dir: its directory.
+            min_free: bytes; below it the sweep pauses.
+            keeper: of the checkpoints; None keeps all.
+        """
         self.study = study
         self.run_dir = run_dir
+        self.watchdog = Watchdog()
+        self.ray_processes: Mapping[str, psutil.Process] = {}
+        self.is_stopping = False
+        self._min_free = min_free
+        self._keeper = keeper
+        self._is_paused = False
+        self._memory_kills = kernel_memory_kills()
+
+    def has_room(self) -> bool:
+        """Whether the disk has room for trials to begin; says so when that changes."""
+        free = free_bytes(Path(self.run_dir))
+        if (free < self._min_free) != self._is_paused:
+            self._is_paused = not self._is_paused
+            has = f"{say_bytes(free)} free for {self.run_dir}"
+            if self._is_paused:
+                self.trial_ended()  # what could not be removed before may be free to go now
+                log.warning("disk      %s: waiting for %s", has, say_bytes(self._min_free))
+            else:
+                log.warning("disk      %s: going on", has)
+        return not self._is_paused
+
+    def stop(self) -> None:
+        """Let no further trial begin."""
+        self.is_stopping = True
+
+    def trial_ended(self) -> None:
+        """Take that a trial runs no longer: its checkpoints may not be needed any more."""
+        if self._keeper is not None:
+            self._keeper.tidy(self.study.records)
+
+    def new_memory_kills(self) -> int:
+        """Return how many processes the kernel ended for want of memory since the last time."""
+        before, self._memory_kills = self._memory_kills, kernel_memory_kills()
+        return self._memory_kills - before
 
     def __reduce__(self) -> tuple[type[object], tuple[()]]:
         return object, ()
@@ -44,15 +99,25 @@ class Proposer(Searcher):
         super().__init__(metric=SCORE, mode=mode)
         self._driver = driver
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        """Return the next assignment; Ray's own trial id plays no part in it."""
-        proposal = self._driver.study.propose()
-        if proposal is None:
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """Return the next assignment; Ray's own trial id plays no part in it.
+
+        None is "not now": the disk is full, or what is left are trials that run, and may have to
+        be run again.
+        """
+        study = self._driver.study
+        if study.remaining == 0 or self._driver.is_stopping:
             return str(Searcher.FINISHED)
+        if not self._driver.has_room():
+            return None
+        proposal = study.propose()
+        if proposal is None:
+            return None if study.remaining else str(Searcher.FINISHED)
         return {
             "run_dir": self._driver.run_dir,
             "trial_id": proposal.trial_id,
             "params": dict(proposal.params),
+            "space": proposal.space,
         }
 
     def on_trial_complete(
@@ -103,11 +168,14 @@ class Stopper(AsyncHyperBandScheduler):
         )
         self._driver = driver
         self._step = step
+        self._told_failures: set[str] = set()
+        """Trials that have told why they fail, and are about to raise."""
 
     def replay(self, events: list[Event]) -> None:
         """Judge the epochs of a ledger again, in their order."""
+        records = self._driver.study.records
         for event in events:
-            if event["event"] == "epoch":
+            if event["event"] == "epoch" and not records[event["trial"]].is_history:
                 self._judge(event["trial"], event["row"]["epoch"])
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
@@ -117,20 +185,37 @@ class Stopper(AsyncHyperBandScheduler):
         """Write the epoch down, and say whether the trial goes on."""
         study, trial_id = self._driver.study, trial.config["trial_id"]
         message = json.loads(result[MESSAGE])
-        if "ended" in message:
-            study.end(trial_id, message["ended"], message["cause"])
-        elif study.record_epoch(trial_id, message):
-            return self._judge(trial_id, message["epoch"])
+        if "began" in message:
+            self._driver.watchdog.began(trial_id, message["began"])
+        elif "failed" in message:
+            failure = Failure(**message["failed"])
+            study.fail(trial_id, failure)
+            if failure.state == "failed":
+                self._told_failures.add(trial_id)
+        else:
+            self._driver.watchdog.heard(trial_id)
+            row = message["row"]
+            if study.record_epoch(trial_id, row, message["warnings"]):
+                return self._judge(trial_id, row["epoch"])
         return str(TrialScheduler.CONTINUE)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         """Take that the trial's function has returned, or was stopped."""
+        self._driver.watchdog.ended(trial.config["trial_id"])
         self._driver.study.complete(trial.config["trial_id"])
+        self._driver.trial_ended()
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """Take that the trial raised (which it has told already), or that its process died."""
-        cause = "the trial's process died; see its log.txt, and the kernel's log for out of memory"
-        self._driver.study.end(trial.config["trial_id"], "failed", cause)
+        trial_id = trial.config["trial_id"]
+        stalled = self._driver.watchdog.ended(trial_id)
+        if trial_id in self._told_failures:
+            self._told_failures.remove(trial_id)
+            return
+        memory_kills = self._driver.new_memory_kills()
+        self._driver.study.fail(
+            trial_id, stalled or why_it_died(_what_ray_says(trial), memory_kills)
+        )
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
         """Do nothing: the rungs keep what a trial has shown."""
@@ -157,8 +242,20 @@ class Stopper(AsyncHyperBandScheduler):
         return str(TrialScheduler.CONTINUE)
 
 
+def _what_ray_says(trial: Any) -> str:
+    """Return Ray's words on the error of one of its trials; nothing where it left none."""
+    file = getattr(trial, "error_file", None)
+    try:
+        return "" if file is None else Path(file).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
 class Until(tune.Stopper):
-    """Ends the whole sweep at a deadline, or when every trial fails for the same cause."""
+    """Ends the whole sweep at a deadline, or when every trial fails for the same cause.
+
+    Ray asks it several times a second, so it is also where the sweep looks after its processes.
+    """
 
     def __init__(self, driver: Driver, deadline: float | None) -> None:
         """Take a deadline in seconds of `time.monotonic`; None is none."""
@@ -170,8 +267,20 @@ class Until(tune.Stopper):
         return False
 
     def stop_all(self) -> bool:
-        """Say whether the sweep is over."""
-        return self.is_late or self._driver.study.common_failure is not None
+        """Say whether the sweep is over.
+
+        Raises:
+            RayDied: one of Ray's own processes has ended.
+        """
+        driver = self._driver
+        dead = first_dead(driver.ray_processes)
+        if dead is not None:  # without it, trials would wait for ever
+            raise RayDied(f"Ray's {dead} process ended")
+        driver.watchdog.look(excused=not driver.has_room())
+        is_over = self.is_late or driver.study.common_failure is not None
+        if is_over:
+            driver.stop()
+        return is_over
 
     @property
     def is_late(self) -> bool:

@@ -14,7 +14,7 @@ import torch
 from tuneapp.checkpoint import Row
 from tuneapp.config import RunSettings
 from tuneapp.data.making import Watch
-from tuneapp.errors import Diverged, say_cause
+from tuneapp.failures import classify
 from tuneapp.folds import run_whole
 from tuneapp.ledger import Event, Ledger
 from tuneapp.prepare import assemble, check_again, lay_out, prepare, read_run_space
@@ -58,7 +58,7 @@ def start_training(
         images = prepared.images
         record = RunRecord(
             kind="train",
-            space_path=str(space.path.absolute()),
+            space_paths=(str(space.path.absolute()),),
             settings=settings,
             image_root=None if images.root is None else str(images.root),
             classes=images.classes,
@@ -74,7 +74,12 @@ def start_training(
     else:
         images = check_again(*like, [space.replay(params)], watch)
         record = replace(
-            like[1], kind="train", params=dict(params), concurrent=1, time_budget_s=None
+            like[1],
+            kind="train",
+            params=dict(params),
+            concurrent=1,
+            time_budget_s=None,
+            space_paths=(str(space.path.absolute()),),
         )
     run = create_run(runs_dir.resolve(), name, f"{space.name}-train")
     lock = run.lock()
@@ -126,9 +131,11 @@ def _train(run: RunDir, record: RunRecord, study: Study) -> None:
             has_gpu = record.gpus_per_trial > 0 and torch.cuda.is_available()
             config, trial_run = assemble(run, record, trial_id, proposal.params, has_gpu=has_gpu)
             run_whole(config, trial_run, report)
-        except Diverged as error:
-            study.end(trial_id, "diverged", str(error))
         except Exception as error:
-            study.end(trial_id, "failed", say_cause(error))
-            raise
+            failure = classify(error, folder)
+            if failure.can_pass:  # nobody tries it again here: it stays unfinished, for `resume`
+                raise
+            study.end(trial_id, failure.state, failure.cause, failure.kind)
+            if failure.state == "failed":
+                raise
     study.complete(trial_id)

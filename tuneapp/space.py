@@ -7,6 +7,7 @@ directory gets a copy, trials read that copy, and nothing depends on the file st
 Imports Optuna, and neither torch nor Ray.
 """
 
+import contextlib
 import re
 import sys
 import traceback
@@ -24,7 +25,7 @@ from tuneapp import config as config_names
 from tuneapp.config import Data, TrialConfig
 from tuneapp.errors import ConfigError, SpaceError, did_you_mean
 from tuneapp.own import import_from, offer
-from tuneapp.scripted import Params, Probe, ScriptedTrial, describe
+from tuneapp.scripted import BadParameter, Params, Probe, ScriptedTrial, describe
 
 MAX_PROBED_BRANCHES = 512
 """Sets of categorical choices that are tried before a sweep; single choices come first."""
@@ -68,8 +69,9 @@ class SearchSpace:
         module.__file__ = str(path)
         import_from([str(path.parent.absolute())])
         try:
-            exec(compile(text, str(path), "exec"), module.__dict__)  # noqa: S102 - a space is code
-        except Exception as error:
+            with _apart():
+                exec(compile(text, str(path), "exec"), module.__dict__)  # noqa: S102 - it is code
+        except (Exception, SystemExit) as error:
             raise SpaceError(f"{_place(error, path)}: {_say(error)}") from error
         offer(path.stem, module, text, path)
         self._function = getattr(module, "search_space", None)
@@ -114,10 +116,11 @@ class SearchSpace:
         """
         assert callable(self._function)
         try:
-            config = self._function(trial)
+            with _apart():
+                config = self._function(trial)
         except (SpaceError, ConfigError):
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise SpaceError(f"{_place(error, self.path)}: {_say(error)}") from error
         if not isinstance(config, TrialConfig):
             raise SpaceError(
@@ -136,6 +139,12 @@ class SearchSpace:
     def replay(self, params: Params) -> Branch:
         """Like `config`, with the distributions of the parameters beside it."""
         return self._run_script(params, fill=False)
+
+    def covered(self, params: Params) -> Branch:
+        """Like `replay`, leaving out the values that this space does not ask for."""
+        trial = ScriptedTrial(params, self.path, fill=False)
+        config = self(trial)
+        return Branch(trial.values, trial.asked, config)
 
     def complete(self, params: Params) -> Branch:
         """Like `replay`, taking the first choice and the low end for each value that is missing."""
@@ -205,7 +214,23 @@ class SearchSpace:
                 self._refuse_collisions(meanings, probe.asked)
                 found.append(Branch(probe.values, probe.asked, probe.config))
             waiting.extend([*low.alternatives(), *high.alternatives()])
+        self._require_repeatable(found[0])
         return found
+
+    def _require_repeatable(self, branch: Branch) -> None:
+        """Refuse a file that means something else each time: every trial reads it anew."""
+        again = Probe({}, "low")
+        again.choose(SearchSpace(self.text, self.path))
+        for name in {**branch.distributions, **again.asked}:
+            said = [
+                "nothing" if name not in asked else describe(asked[name])
+                for asked in (branch.distributions, again.asked)
+            ]
+            if said[0] != said[1]:
+                raise SpaceError(
+                    f"{self.path}: parameter {name!r} is {said[0]} when the file is read, and "
+                    f"{said[1]} when it is read again; leave clocks and random numbers out of it"
+                )
 
     def parameters(self) -> list[Parameter]:
         """Return every parameter once, with its range and the choices that bring it up."""
@@ -278,7 +303,12 @@ def _condition(
     return " and ".join(parts)
 
 
-def _place(error: Exception, path: Path) -> str:
+def _apart() -> contextlib.AbstractContextManager[object]:
+    """Send what a space prints to stderr: stdout is for what the command was asked."""
+    return contextlib.redirect_stdout(sys.stderr)
+
+
+def _place(error: BaseException, path: Path) -> str:
     """Return `file:line` of the last step of `error` that lies in the space file."""
     if isinstance(error, SyntaxError) and error.filename == str(path):
         return f"{path}:{error.lineno}"
@@ -286,14 +316,19 @@ def _place(error: Exception, path: Path) -> str:
     return f"{path}:{lines[-1]}" if lines else str(path)
 
 
-def _say(error: Exception) -> str:
+def _say(error: BaseException) -> str:
+    if isinstance(error, BadParameter):
+        return str(error)
+    if isinstance(error, SystemExit):
+        return f"it ends the program (SystemExit: {error}); a search space only says what to try"
     if isinstance(error, ImportError) and error.name == config_names.__name__:
         said = error.msg.split(" (")[0]
         wanted = said.split("'")[1]
         return f"{said}{did_you_mean(wanted, _choices())}; it has {', '.join(_choices())}"
     if isinstance(error, TypeError) and (of_field := _say_field(error)) is not None:
         return of_field
-    return f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}"
+    said = error.msg if isinstance(error, SyntaxError) else str(error)
+    return f"{type(error).__name__}: {' '.join(said.split())}"  # one line
 
 
 def _say_field(error: TypeError) -> str | None:

@@ -8,12 +8,13 @@ tensor all the same is found here.
 import logging
 import pickle
 import re
+import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import safetensors.torch
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
 from tuneapp.errors import WeightsError
-from tuneapp.fetch import check_hash, hub_dir
+from tuneapp.fetch import check_hash, hub_dir, sha256_of
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,12 @@ State = Mapping[str, Tensor]
 POSITIONS = "encoder.pos_embedding"
 """torchvision's name of a vision transformer's position embeddings."""
 
+FROZEN_PARTS = "frozen_parts"
+"""Where a checkpoint of ours says which files hold the tensors that are None in it."""
+
+AVERAGED = "module."
+"""What the names of averaged weights begin with, as in `torch.optim.swa_utils.AveragedModel`."""
+
 # What torchvision's own files call some layers, and what its code does today.
 _OLD_NAMES = (
     (re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)"), r"\1\2"),
@@ -37,6 +44,9 @@ _OLD_NAMES = (
     (re.compile(r"\.mlp\.linear_2\."), ".mlp.3."),
 )
 
+
+_LONGEST_HEADER = 100_000_008
+"""Of safetensors: its own limit, and the eight bytes that tell its length."""
 
 # How training scripts commonly wrap a state_dict, and ours: an average before the weights.
 _WRAPPED_BY = ("ema", "model_ema", "state_dict_ema", "model_state_dict", "state_dict", "model")
@@ -58,6 +68,7 @@ def read_state_dict(file: Path, changed_ns: int) -> State:
     if file.parent == hub_dir():
         check_hash(file, file.name)
     try:
+        _require_sizes(file)
         content: object
         if file.suffix.lower() == ".safetensors":
             content = safetensors.torch.load(file.read_bytes())
@@ -74,6 +85,7 @@ def read_state_dict(file: Path, changed_ns: int) -> State:
             f"{file} is not a readable file of plain weights ({first[:100]}); delete it, or save "
             "it again with torch.save(model.state_dict(), ...)"
         ) from None
+    put_back(content, file.parent)
     content = _unwrapped(content)
     if not _holds_tensors(content):
         raise WeightsError(f"{file} holds no state_dict (names with tensors)")
@@ -81,9 +93,78 @@ def read_state_dict(file: Path, changed_ns: int) -> State:
     if all(name == "n_averaged" or name.startswith("module.") for name in state):
         state.pop("n_averaged", None)  # the counter of torch.optim.swa_utils.AveragedModel
     for name, tensor in state.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+            raise WeightsError(f"{file}: {name} is sparse, quantised or without numbers")
+        if not torch.isfinite(_numbers_of(tensor)).all():
             raise WeightsError(f"{file}: {name} holds NaN or infinite numbers")
     return state
+
+
+def _require_sizes(file: Path) -> None:
+    """Refuse a file that says that it holds more than it has, before memory is taken for it.
+
+    safetensors is read whole before its own checks, and torch inflates what it never deflates.
+
+    Raises:
+        ValueError: it does.
+    """
+    there = file.stat().st_size
+    if file.suffix.lower() == ".safetensors":
+        with file.open("rb") as content:
+            said = 8 + int.from_bytes(content.read(8), "little")
+        what = "a header"
+        there = min(there, _LONGEST_HEADER)
+    elif zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as content_of:
+            said = sum(entry.file_size for entry in content_of.infolist())
+        what = "contents"
+    else:
+        return
+    if said > there:
+        raise ValueError(f"it speaks of {what} of {said:,} bytes, of at most {there:,}")
+
+
+def _numbers_of(tensor: Tensor) -> Tensor:
+    """Return what a tensor shows, or all that is stored where it shows that again and again."""
+    stored = tensor.untyped_storage()
+    if tensor.numel() * tensor.element_size() <= stored.nbytes():
+        return tensor
+    return tensor.new_empty(0).set_(stored)
+
+
+def put_back(content: object, folder: Path) -> None:
+    """Put the tensors that a checkpoint keeps in other files back into it.
+
+    Args:
+        content: of a checkpoint; anything else is left as it is.
+        folder: in which the checkpoint lies.
+
+    Raises:
+        WeightsError: such a file is gone or damaged.
+    """
+    if not isinstance(content, dict) or not isinstance(content.get(FROZEN_PARTS), dict):
+        return
+    frozen: dict[str, Tensor] = {}
+    for relative, sha256 in content[FROZEN_PARTS].items():
+        frozen.update(_read_part(folder / str(relative), sha256))
+    for key, prefix in (("model", ""), ("ema", AVERAGED)):
+        state: Any = content.get(key)
+        for name in [n for n, t in state.items() if t is None] if isinstance(state, dict) else []:
+            tensor = frozen.get(str(name).removeprefix(prefix))
+            if tensor is None:
+                raise WeightsError(f"a checkpoint in {folder} lacks {name}, and so do its parts")
+            state[name] = tensor
+
+
+def _read_part(file: Path, sha256: object) -> dict[str, Tensor]:
+    try:
+        if sha256_of(file) == sha256:
+            tensors: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
+            return tensors
+    except Exception as error:  # of garbage, torch raises anything
+        first = str(error).strip().partition("\n")[0]
+        raise WeightsError(f"{file}, a part of a checkpoint, cannot be read: {first}") from None
+    raise WeightsError(f"{file}, a part of a checkpoint, is damaged: its SHA-256 is another")
 
 
 def _unwrapped(content: object) -> object:

@@ -16,10 +16,21 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from tuneapp.config import RunSettings, canonical_json
+from tuneapp.config import RunSettings, TrialConfig, canonical_json
 from tuneapp.errors import ConfigError, SpaceError
-from tuneapp.ledger import Event, Ledger
-from tuneapp.records import Origin, State, TrialRecord, read_records, trials_wanted
+from tuneapp.failures import MAX_RETRIES, Failure, would_repeat
+from tuneapp.ledger import Event, Events
+from tuneapp.mirror import StudyMirror
+from tuneapp.records import (
+    Origin,
+    State,
+    TrialRecord,
+    is_exhausted,
+    read_records,
+    take,
+    trials_to_go,
+    trials_wanted,
+)
 from tuneapp.space import SearchSpace
 
 SAME_BUG_LIMIT = 3
@@ -27,6 +38,8 @@ SAME_BUG_LIMIT = 3
 STARTUP_TRIALS = 8
 """Ended trials, recipes included, from which TPE begins to model; before, it draws at random.
 Optuna's ten would leave a sweep of sixteen trials with hardly any model at all."""
+MEMORY = "memory"
+"""Name of the constraint that a trial breaks by running out of memory."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,7 @@ class Proposal:
 
     trial_id: str
     params: Mapping[str, Any]
+    space: int = 1
 
 
 class Study:
@@ -43,10 +57,14 @@ class Study:
     def __init__(
         self,
         space: SearchSpace,
-        ledger: Ledger,
+        ledger: Events,
         settings: RunSettings,
         first: Sequence[tuple[Mapping[str, Any], Origin]],
         listen: Callable[[Event], None] = lambda event: None,
+        *,
+        hash_of: Callable[[TrialConfig], str] | None = None,
+        mirror: StudyMirror | None = None,
+        space_number: int = 1,
     ) -> None:
         """Take up the study where the ledger left it.
 
@@ -57,31 +75,43 @@ class Study:
             first: parameter values to try before the sampler is asked, in order; those that lack
                 some get them from the sampler.
             listen: called with each event as it is written.
+            hash_of: of equal texts for two configurations, the second is a duplicate; None goes
+                by all of their fields.
+            mirror: a file for `optuna-dashboard`, kept in step.
+            space_number: of `space` within the run; larger than 1 after it was refined.
         """
         self._space = space
         self._ledger = ledger
         self.settings = settings
-        self._first = list(first)
         self._listen = listen
+        self._hash_of = hash_of or _hash_of_all
+        self._mirror = mirror
+        self._space_number = space_number
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._study = optuna.create_study(direction=_direction(settings))
         self._live: dict[str, optuna.Trial] = {}
         self._unfinished: deque[Proposal] = deque()
         self._ended_here: list[str] = []
+        self._wanted = trials_wanted(ledger.events)
         self.records = read_records(ledger.events)
+        self._by_hash: dict[str, str] = {}
+        self._first = self._not_known(first)
         for record in self.records.values():
             self._take_up(record)
+        for record in self.records.values():
+            self._settle_twins(record)
+        if mirror is not None:
+            mirror.open(self.frozen_trials(), _direction(settings))
 
     @property
     def wanted(self) -> int:
         """Trials that the run shall have in all."""
-        return trials_wanted(self._ledger.events)
+        return self._wanted
 
     @property
     def remaining(self) -> int:
         """Trials that are still to run: unfinished ones, and ones not proposed yet."""
-        open_trials = sum(r.state == "unfinished" for r in self.records.values())
-        return open_trials + max(self.wanted - len(self.records), 0)
+        return trials_to_go(self.records.values(), self.wanted)
 
     @property
     def common_failure(self) -> str | None:
@@ -90,34 +120,46 @@ class Study:
         Causes are one when their kind and their place in the code are: messages name trials.
         """
         ended = [self.records[trial_id] for trial_id in self._ended_here]
-        all_failed = len(ended) >= SAME_BUG_LIMIT and all(r.state == "failed" for r in ended)
+        # Running out of memory is of each configuration's own making: the search learns from it.
+        bugs = [r.state == "failed" and r.kind != "out of memory" for r in ended]
+        all_failed = len(ended) >= SAME_BUG_LIMIT and all(bugs)
         places = {(r.cause.partition(":")[0], r.cause.rpartition("(")[2]) for r in ended}
         return ended[0].cause if all_failed and len(places) == 1 else None
 
     def want(self, trials: int) -> None:
         """Write down how many trials the run shall have in all."""
         self._write("sweep", trials=trials)
+        self._wanted = trials
 
     def propose(self) -> Proposal | None:
-        """Return the next trial to run; None when there is none left."""
+        """Return the next trial to run; None when there is none now.
+
+        Until `remaining` is 0 there may be one later: a trial that runs may have to be run again.
+        """
         while self._unfinished:
             proposal = self._unfinished.popleft()
             if self.records[proposal.trial_id].state == "unfinished":
                 return proposal
-        while len(self.records) < self.wanted:
+        while self._may_propose_new():
             new = self._propose_new()
             if new is not None:
                 return new
         return None
 
-    def record_epoch(self, trial_id: str, row: Mapping[str, Any]) -> bool:
+    def record_epoch(
+        self, trial_id: str, row: Mapping[str, Any], warnings: Sequence[str] = ()
+    ) -> bool:
         """Take an epoch of a trial; return False for one that is known already.
 
         Args:
             trial_id: whose epoch.
             row: its metrics, and what was applied under `applied`.
+            warnings: what the user should know of how it came about.
         """
         record = self.records[trial_id]
+        for text in warnings:
+            if text not in record.warnings:
+                self._write("warned", trial=trial_id, text=text)
         if record.state != "unfinished" or row["epoch"] <= len(record.rows):
             return False
         plain = {k: v for k, v in row.items() if k != "applied"}
@@ -126,18 +168,38 @@ class Study:
             self._write("applied", trial=trial_id, applied=applied)
         self._write("epoch", trial=trial_id, row=plain)
         self._live[trial_id].report(row[self.settings.metric], step=row["epoch"])
+        self._show(self._live[trial_id].number)
         return True
 
-    def end(self, trial_id: str, state: State, cause: str = "") -> None:
+    def end(self, trial_id: str, state: State, cause: str = "", kind: str = "") -> None:
         """Take the end of a trial; one that has ended already stays as it is."""
         record = self.records[trial_id]
         if record.state != "unfinished":
             return
         told = self._value_to_tell(record, state)
-        self._write("ended", trial=trial_id, state=state, cause=cause, told=told)
+        self._write("ended", trial=trial_id, state=state, cause=cause, kind=kind, told=told)
         self._ended_here.append(trial_id)
-        optuna_state, values = _as_optuna(record)
-        self._study.tell(self._live.pop(trial_id), values, state=optuna_state)
+        self._tell(record)
+        self._settle_twins(record)
+
+    def fail(self, trial_id: str, failure: Failure) -> None:
+        """Take that a trial could not go on: it is tried again where that may help, or ends."""
+        record = self.records[trial_id]
+        if record.state != "unfinished":
+            return
+        if failure.can_pass and record.retries < MAX_RETRIES:
+            self._write("retried", trial=trial_id, kind=failure.kind, cause=failure.cause)
+            self._unfinished.appendleft(Proposal(trial_id, record.params, record.space))
+            return
+        self.end(trial_id, failure.state, failure.cause, failure.kind)
+
+    def put_back(self) -> None:
+        """Take that no trial runs any more: those that have not ended are proposed again, first."""
+        self._unfinished = deque(
+            Proposal(r.trial_id, r.params, r.space)
+            for r in self.records.values()
+            if r.state == "unfinished" and not r.twin
+        )
 
     def complete(self, trial_id: str) -> None:
         """Take that a trial's function has returned: it finished, if all of its epochs are here."""
@@ -149,74 +211,159 @@ class Study:
         """Return Optuna's view of the trials, in their order."""
         return self._study.get_trials(deepcopy=False)
 
+    def _may_propose_new(self) -> bool:
+        num_run = sum(not record.twin for record in self.records.values())
+        return num_run < self.wanted and not is_exhausted(self.records.values())
+
     def _propose_new(self) -> Proposal | None:
-        number = len(self.records)
-        trial_id = f"t{number + 1:04d}"
-        params, origin = self._first[number] if number < len(self._first) else ({}, "search")
-        self._study.sampler = self._sampler(number)
+        trial_id = f"t{len(self.records) + 1:04d}"
+        place = sum(r.space == self._space_number for r in self.records.values())
+        params, origin = self._first[place] if place < len(self._first) else ({}, "search")
+        self._study.sampler = self._sampler(len(self.records), is_given=place < len(self._first))
         if params:
             self._study.enqueue_trial(dict(params))
         trial = self._study.ask()
         trial.set_user_attr("trial_id", trial_id)
         self._live[trial_id] = trial
+        config_hash, epochs, mistake = "", 0, ""
         try:
             config = self.settings.applied_to(self._space(trial))
             # With folds, what is reported of a trial is its folds.
-            epochs, mistake = self.settings.data.folds or config.epochs, ""
+            epochs = self.settings.data.folds or config.epochs
+            config_hash = self._hash_of(config)
         except (SpaceError, ConfigError) as error:  # a corner that the probe did not see
-            epochs, mistake = 0, str(error)
+            mistake = str(error)
+        twin = "" if mistake else self._twin_of(config_hash)
         self._write(
-            "proposed", trial=trial_id, origin=origin, params=dict(trial.params), epochs=epochs
+            "proposed",
+            trial=trial_id,
+            origin=origin,
+            params=dict(trial.params),
+            epochs=epochs,
+            config_hash=config_hash,
+            twin=twin,
+            space=self._space_number,
         )
+        self._show(trial.number)
         if mistake:
-            self.end(trial_id, "failed", mistake)
+            self.end(trial_id, "failed", mistake, "refused")
             return None
-        return Proposal(trial_id, dict(trial.params))
+        if twin:
+            self._settle_twins(self.records[twin])
+            return None
+        self._by_hash[config_hash] = trial_id
+        return Proposal(trial_id, dict(trial.params), self._space_number)
 
-    def _sampler(self, number: int) -> BaseSampler:
+    def _twin_of(self, config_hash: str) -> str:
+        """Return the earlier trial of this configuration whose result need not be had again."""
+        twin = self._by_hash.get(config_hash, "")
+        if not twin or (record := self.records[twin]).state != "failed":
+            return twin
+        return twin if would_repeat(record.kind) else ""
+
+    def _settle_twins(self, record: TrialRecord) -> None:
+        """End the duplicates of a trial that has ended: they are what it is."""
+        if record.state == "unfinished":
+            return
+        for other in self.records.values():
+            if other.twin == record.trial_id and other.state == "unfinished":
+                cause = f"the same as {record.trial_id}: not run again"
+                self._write(
+                    "ended", trial=other.trial_id, state="duplicate", cause=cause, kind="",
+                    told=record.told,
+                )  # fmt: skip
+                self._tell(other)
+
+    def _tell(self, record: TrialRecord) -> None:
+        """Tell Optuna the end of a trial that it knows as running."""
+        trial = self._live.pop(record.trial_id, None)
+        if trial is None:  # of an earlier space
+            return
+        shown = self.records[record.twin] if record.twin else record
+        if record.twin:
+            for row in shown.rows:
+                trial.report(row[self.settings.metric], step=row["epoch"])
+        state, value = _as_optuna(shown)
+        if shown.kind == "out of memory":
+            trial.set_constraint(MEMORY, 1.0)
+        self._study.tell(trial, value, state=state)
+        self._show(trial.number)
+
+    def _show(self, number: int) -> None:
+        if self._mirror is not None:
+            self._mirror.update(self.frozen_trials()[number])
+
+    def _not_known(
+        self, first: Sequence[tuple[Mapping[str, Any], Origin]]
+    ) -> list[tuple[Mapping[str, Any], Origin]]:
+        """Return what is to be tried first, without what earlier spaces of the run have tried."""
+        known = {r.config_hash for r in self.records.values() if r.space < self._space_number}
+        if not known:
+            return list(first)
+        return [
+            (params, origin) for params, origin in first if self._hash_or_none(params) not in known
+        ]
+
+    def _hash_or_none(self, params: Mapping[str, Any]) -> str | None:
+        try:
+            return self._hash_of(self.settings.applied_to(self._space.config(params)))
+        except (SpaceError, ConfigError):  # values are missing: only the sampler knows which
+            return None
+
+    def _sampler(self, number: int, is_given: bool) -> BaseSampler:
         """Return the sampler of suggestion `number`: a resumed study does not repeat itself.
 
-        The first trials need no model of the space.
+        Values that are given need no model of the space.
         """
         seed = int(np.random.SeedSequence([self.settings.seed, number]).generate_state(1)[0])
-        return (
-            RandomSampler(seed=seed)
-            if number < len(self._first)
-            else TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
-        )
+        if is_given:
+            return RandomSampler(seed=seed)
+        return TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
 
     def _take_up(self, record: TrialRecord) -> None:
         """Put a trial of the ledger into the study as if it had just been told."""
-        attrs = {"trial_id": record.trial_id}
-        if record.state == "unfinished":
-            self._study.sampler = RandomSampler(seed=0)  # every value is given: it draws nothing
-            self._study.enqueue_trial(record.params, user_attrs=attrs)
-            trial = self._study.ask()
-            self._live[record.trial_id] = trial
-            self._unfinished.append(Proposal(record.trial_id, record.params))
-            try:
-                self._space(trial)
-            except (SpaceError, ConfigError) as error:  # killed before its end was written down
-                self.end(record.trial_id, "failed", str(error))
-            for row in record.rows:
-                trial.report(row[self.settings.metric], step=row["epoch"])
+        if record.config_hash and not record.twin:
+            self._by_hash.setdefault(record.config_hash, record.trial_id)
+        if record.is_history:
+            if record.state == "unfinished":
+                self.end(record.trial_id, "stopped", "it lies outside the space as refined")
             return
-        state, value = _as_optuna(record)
+        if record.state == "unfinished":
+            self._take_up_unfinished(record)
+            return
+        shown = self.records[record.twin] if record.twin else record
+        state, value = _as_optuna(shown)
         try:
-            distributions = self._space.replay(record.params).distributions
+            distributions = self._space.covered(record.params).distributions
         except (SpaceError, ConfigError):  # it failed for that: the study learns nothing from it
             distributions = {}
+        if state is TrialState.PRUNED:  # what Optuna itself gives it: its last value
+            value = shown.rows[-1][self.settings.metric] if shown.rows else None
         self._study.add_trial(
             optuna.trial.create_trial(
                 state=state,
-                # What Optuna itself gives a pruned trial: its last value.
-                value=record.rows[-1][self.settings.metric] if state.name == "PRUNED" else value,
+                value=value,
                 params={k: v for k, v in record.params.items() if k in distributions},
                 distributions=distributions,
-                intermediate_values={r["epoch"]: r[self.settings.metric] for r in record.rows},
-                user_attrs=attrs,
+                intermediate_values={r["epoch"]: r[self.settings.metric] for r in shown.rows},
+                user_attrs={"trial_id": record.trial_id},
+                constraints={MEMORY: 1.0} if shown.kind == "out of memory" else None,
             )
         )
+
+    def _take_up_unfinished(self, record: TrialRecord) -> None:
+        self._study.sampler = RandomSampler(seed=0)  # every value is given: it draws nothing
+        self._study.enqueue_trial(record.params, user_attrs={"trial_id": record.trial_id})
+        trial = self._study.ask()
+        self._live[record.trial_id] = trial
+        if not record.twin:
+            self._unfinished.append(Proposal(record.trial_id, record.params, record.space))
+        try:
+            self._space(trial)
+        except (SpaceError, ConfigError) as error:  # killed before its end was written down
+            self.end(record.trial_id, "failed", str(error), "refused")
+        for row in record.rows:
+            trial.report(row[self.settings.metric], step=row["epoch"])
 
     def _value_to_tell(self, record: TrialRecord, state: State) -> float | None:
         """Return what the sampler shall think of a trial.
@@ -237,12 +384,12 @@ class Study:
 
     def _write(self, event: str, **fields: Any) -> None:
         written = self._ledger.append(event, **fields)
-        trial_id = fields.get("trial")
-        if event == "proposed":
-            self.records |= read_records([written])
-        elif trial_id is not None:
-            self.records[trial_id].apply(written)
+        take(self.records, written)
         self._listen(written)
+
+
+def _hash_of_all(config: TrialConfig) -> str:
+    return canonical_json(config.as_dict())
 
 
 def _direction(settings: RunSettings) -> StudyDirection:
@@ -253,9 +400,10 @@ def _as_optuna(record: TrialRecord) -> tuple[TrialState, float | None]:
     """Return the state and value under which Optuna knows an ended trial."""
     if record.state == "finished":
         return TrialState.COMPLETE, record.told
+    if record.kind == "out of memory":  # with a constraint that it breaks: infeasible
+        return TrialState.PRUNED, None
     if record.state == "stopped":
-        last = record.rows[-1] if record.rows else None
-        return TrialState.PRUNED if last else TrialState.FAIL, None
+        return TrialState.PRUNED if record.rows else TrialState.FAIL, None
     if record.state == "diverged" and record.told is not None and math.isfinite(record.told):
         return TrialState.COMPLETE, record.told
     return TrialState.FAIL, None
@@ -275,10 +423,11 @@ def parameter_importances(
     for record in records:
         best = record.best(settings)
         if best is not None:
+            asked = space.covered(record.params)
             study.add_trial(
                 optuna.trial.create_trial(
-                    params=record.params,
-                    distributions=space.replay(record.params).distributions,
+                    params=asked.params,
+                    distributions=asked.distributions,
                     value=best[settings.metric],
                 )
             )

@@ -15,8 +15,16 @@ import pandas as pd
 from tuneapp.data.split import read_split
 from tuneapp.ledger import Event, read_events
 from tuneapp.prepare import read_run_space
-from tuneapp.records import TrialRecord, best_record, flat, read_records, trials_wanted
-from tuneapp.rundir import RunDir, RunRecord, open_run, write_atomically
+from tuneapp.records import (
+    TrialRecord,
+    best_record,
+    current_space,
+    flat,
+    read_records,
+    trials_to_go,
+    trials_wanted,
+)
+from tuneapp.rundir import RunDir, RunRecord, cell, open_run, write_atomically
 from tuneapp.study import parameter_importances
 
 
@@ -33,6 +41,7 @@ class Summary:
         bad: images that cannot be read, each with its cause.
         test_results: of each time that the test split was opened: which trial, and its scores on
             it (a row for each fold's model); no scores where that was interrupted.
+        space: number of the space that trials come from now; 1 unless the run was refined.
     """
 
     run: RunDir
@@ -42,6 +51,7 @@ class Summary:
     num_val: int
     bad: tuple[tuple[str, str], ...] = ()
     test_results: tuple[tuple[str, list[dict[str, float]]], ...] = ()
+    space: int = 1
 
     @property
     def best(self) -> tuple[TrialRecord, dict[str, Any]] | None:
@@ -57,8 +67,7 @@ class Summary:
     @property
     def num_open(self) -> int:
         """Trials still to run: unfinished, or not proposed yet."""
-        unfinished = sum(t.state == "unfinished" for t in self.trials)
-        return unfinished + max(self.wanted - len(self.trials), 0)
+        return trials_to_go(self.trials, self.wanted)
 
     @property
     def ranked(self) -> list[TrialRecord]:
@@ -101,6 +110,7 @@ def read_summary(path: Path) -> Summary:
         num_val=sum(not e.bad for e in validated),
         bad=tuple((e.path, e.bad) for e in images.examples if e.bad),
         test_results=_test_results(events),
+        space=current_space(events),
     )
 
 
@@ -134,7 +144,10 @@ def write_trials_table(path: Path) -> Path:
     """Write `trials.csv` into the run directory, and return where."""
     summary = read_summary(path)
     frame = _trials_frame(summary)
-    write_atomically(summary.run.trials_table, lambda aside: frame.to_csv(aside))
+    # Line ends as of the csv module: with others, pandas does not quote a text with these in it.
+    write_atomically(
+        summary.run.trials_table, lambda aside: frame.to_csv(aside, lineterminator="\r\n")
+    )
     return summary.run.trials_table
 
 
@@ -146,8 +159,9 @@ def importances(path: Path) -> pd.Series:
     Source: S. Watanabe et al., PED-ANOVA, IJCAI 2023, as implemented by Optuna.
     """
     summary = read_summary(path)
-    space = read_run_space(summary.run, summary.record)
-    values = parameter_importances(space, list(summary.trials), summary.record.settings)
+    space = read_run_space(summary.run, summary.record, summary.space)
+    inside = [trial for trial in summary.trials if not trial.is_history]
+    values = parameter_importances(space, inside, summary.record.settings)
     return pd.Series(values, name="importance", dtype=float)
 
 
@@ -164,15 +178,13 @@ def _trial_row(trial: TrialRecord, best: dict[str, Any] | None) -> dict[str, Any
         "trial": trial.trial_id,
         "origin": trial.origin,
         "state": trial.state,
-        "cause": _cell(trial.cause),
+        "cause": cell(trial.cause),
+        "failure": trial.kind or None,
+        "same_as": trial.twin or None,
+        "space": trial.space,
         "epochs": len(trial.rows),
         "best_epoch": None if best is None else best["epoch"],
         **metrics,
-        **{f"params/{name}": _cell(value) for name, value in trial.params.items()},
-        **{f"applied/{name}": _cell(v) for name, v in flat(trial.applied).items()},
+        **{f"params/{name}": cell(value) for name, value in trial.params.items()},
+        **{f"applied/{name}": cell(v) for name, v in flat(trial.applied).items()},
     }
-
-
-def _cell(value: Any) -> Any:
-    """Keep a text from being read as a formula by a spreadsheet."""
-    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@") else value

@@ -1,66 +1,53 @@
 """A sweep: many trials at once under Ray Tune, from a search space to a finished ledger.
 
 Ray places trials on CPUs and GPUs and keeps their processes; what was tried and what came of it is
-in the ledger. `Tuner.restore` is not used: a resumed sweep is a new Tuner over the same ledger.
+in the ledger. `Tuner.restore` is not used: what goes on is a new Tuner over the same ledger.
 """
 
 import contextlib
 import logging
-import math
-import os
-import shutil
-import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
-import psutil
 import torch
 
 from tuneapp.config import RunSettings
 from tuneapp.data.making import Watch
-from tuneapp.errors import ConfigError, RunError, TuneappError
-from tuneapp.ledger import Event, Ledger
-from tuneapp.prepare import check_again, first_trials, lay_out, prepare, read_run_space
-from tuneapp.rundir import RunDir, RunRecord, create_run, open_run
+from tuneapp.effective import config_hash
+from tuneapp.errors import ConfigError, RayDied, RunError, TuneappError
+from tuneapp.keeping import Keeper
+from tuneapp.ledger import Event, Ledger, read_events
+from tuneapp.machine import share_machine
+from tuneapp.mirror import StudyMirror
+from tuneapp.prepare import (
+    Prepared,
+    check_again,
+    first_trials,
+    lay_out,
+    prepare,
+    read_run_images,
+    read_run_space,
+    write_space,
+)
+from tuneapp.ray_session import START_ATTEMPTS, noted_signals, own_ray, require_token
+from tuneapp.records import TrialRecord, current_space, read_records
+from tuneapp.rundir import RunDir, RunRecord, create_run, open_run, write_record
 from tuneapp.space import SearchSpace
 from tuneapp.study import Study
+from tuneapp.watchdog import ray_processes
 
-# Before Ray is imported, which reads them then. Each can be set otherwise from outside.
-for _name, _value in {
-    "RAY_AUTH_MODE": "token",  # Ray's own default, said aloud: silences its notice
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # all of Ray's sockets on 127.0.0.1
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",  # Ray's own tables and banners are off: we have ours
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_DEDUP_LOGS": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # TensorBoard and CSV are ours
-    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # a trial's error.txt has it
-}.items():
-    os.environ.setdefault(_name, _value)
+# After ray_session, which sets what Ray reads when it is imported.
+from ray import tune  # isort: skip
 
-import ray  # noqa: E402
-from ray import tune  # noqa: E402
-
-from tuneapp.search import Driver, Proposer, Stopper, Until  # noqa: E402
-from tuneapp.trainable import train_trial  # noqa: E402
+from tuneapp.search import Driver, Proposer, Stopper, Until  # isort: skip
+from tuneapp.trainable import train_trial  # isort: skip
 
 log = logging.getLogger(__name__)
 
-MEMORY_PER_TRIAL_BYTES = 2 * 2**30
-"""Room for torch (about 1 GB in a process), a network and its batches."""
-START_ATTEMPTS = 3
-OBJECT_STORE_BYTES = 128 * 2**20
-"""Ray's shared memory: nothing large goes through it."""
-
-_TOKEN = Path("~/.ray/auth_token").expanduser()
-
 Listen = Callable[[Event], None]
+Begun = Callable[[RunDir, RunRecord], Listen]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,16 +59,26 @@ class SweepOptions:
         runs_dir: where run directories are made.
         name: of the run directory; None takes the space's and a number.
         concurrent: trials at once; None is as many as the machine has room for.
+        cpus_per_trial: CPU threads of each; None shares all.
+        gpus_per_trial: 1, or a share of a GPU; None shares all.
         time_budget_s: seconds after which the sweep ends; None is no limit.
         dashboard_host: address for Ray's dashboard; None starts none.
+        keep_best: how many trials' checkpoints are kept once they have ended.
+        disk_budget: bytes that all checkpoints may take; None is no limit.
+        min_free: bytes of the disk below which the sweep pauses.
     """
 
     trials: int
     runs_dir: Path
     name: str | None = None
     concurrent: int | None = None
+    cpus_per_trial: int | None = None
+    gpus_per_trial: float | None = None
     time_budget_s: float | None = None
     dashboard_host: str | None = None
+    keep_best: int = 5
+    disk_budget: int | None = None
+    min_free: int = 500 * 10**6
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,7 @@ def start_sweep(
     settings: RunSettings,
     options: SweepOptions,
     say: Callable[[str], None],
-    begun: Callable[[RunDir, RunRecord], Listen],
+    begun: Begun,
     watch: Watch,
 ) -> Outcome:
     """Check everything, make the run directory, and run the sweep.
@@ -124,14 +121,21 @@ def start_sweep(
     Raises:
         TuneappError: something does not fit; nothing was written.
     """
+    require_token()
     branches = space.branches()
-    recipes = first_trials(space, branches)
-    slots, cpus, gpus = share_machine(settings, options.trials, options.concurrent)
+    first_trials(space, branches)
+    slots, cpus, gpus = share_machine(
+        settings,
+        options.trials,
+        options.concurrent,
+        options.cpus_per_trial,
+        options.gpus_per_trial,
+    )
     prepared = prepare(space, settings, branches, say, watch)
     run = create_run(options.runs_dir.resolve(), options.name, space.name)
     record = RunRecord(
         kind="sweep",
-        space_path=str(space.path.absolute()),
+        space_paths=(str(space.path.absolute()),),
         settings=settings,
         image_root=None if prepared.images.root is None else str(prepared.images.root),
         classes=prepared.images.classes,
@@ -144,147 +148,244 @@ def start_sweep(
         gpus_per_trial=gpus,
         concurrent=slots,
         time_budget_s=options.time_budget_s,
+        keep_best=options.keep_best,
+        disk_budget=options.disk_budget,
+        min_free=options.min_free,
     )
     lock = run.lock()
     try:
         lay_out(run, space, prepared.images, record)
         with Ledger(run.ledger) as ledger:
-            study = Study(
-                space,
-                ledger,
-                settings,
-                [(params, "recipe") for params in recipes],
-                begun(run, record),
-            )
+            study = _open_study(run, record, space, ledger, begun)
             study.want(options.trials)
-            return _drive(run, record, study, ledger, prepared.max_epochs, options.dashboard_host)
+            return _drive(run, record, space, study, ledger, options.dashboard_host)
     finally:
         lock.release()
 
 
 def resume_sweep(
     path: Path,
-    begun: Callable[[RunDir, RunRecord], Listen],
+    begun: Begun,
     watch: Watch,
     dashboard_host: str | None = None,
+    more: int = 0,
 ) -> Outcome:
     """Go on with the sweep in `path`: unfinished trials from their last epoch, then the rest.
 
     The space is the copy in the run directory. The time budget starts anew.
 
+    Args:
+        path: the run directory.
+        begun: called with the run; returns the listener to its events.
+        watch: told how far the decoding of the images is.
+        dashboard_host: address for Ray's dashboard; None starts none.
+        more: trials that the run shall have beyond those that it was to have.
+
     Raises:
         TuneappError: it is no run directory, is in use, or its images have changed.
     """
+    require_token()
+    with _taken_up(path) as (run, record), Ledger(run.ledger) as ledger:
+        space = read_run_space(run, record, current_space(ledger.events))
+        study = _open_study(run, record, space, ledger, begun)
+        if study.wanted == 0:
+            raise RunError(f"{run.path} ended before its first trial; remove it and start again")
+        if study.remaining + more == 0:
+            return Outcome(run, None, False, None, 0)
+        check_again(run, record, space.branches(), watch)
+        if more:
+            study.want(study.wanted + more)
+        return _drive(run, record, space, study, ledger, dashboard_host)
+
+
+def refine_sweep(
+    path: Path,
+    space: SearchSpace,
+    more: int,
+    say: Callable[[str], None],
+    begun: Begun,
+    watch: Watch,
+    dashboard_host: str | None = None,
+) -> Outcome:
+    """Go on with the sweep in `path` in a changed space, on the same images and split.
+
+    What was tried so far and would be the same trial in the new space teaches the search; the rest
+    stays in the run as its history.
+
+    Args:
+        path: the run directory.
+        space: as changed.
+        more: trials that the run shall have beyond those that it was to have.
+        say: told what is being prepared.
+        begun: called with the run; returns the listener to its events.
+        watch: told how far the decoding of the images is.
+        dashboard_host: address for Ray's dashboard; None starts none.
+
+    Raises:
+        TuneappError: something does not fit; the run is as it was.
+    """
+    require_token()
+    with _taken_up(path) as (run, before):
+        branches = space.branches()
+        first_trials(space, branches)
+        number = current_space(read_events(run.ledger))
+        before_space = read_run_space(run, before, number)
+        if space.data not in (before_space.data, type(space.data)()):
+            raise ConfigError(
+                f"{space.path}: DATA is {space.data.source!r}, and {run.path} is about "
+                f"{before.settings.data.source!r}; other images are another sweep"
+            )
+        check_again(run, before, before_space.branches(), watch)
+        images = read_run_images(run, before)
+        prepared = prepare(space, before.settings, branches, say, watch, images)
+        record = _refined(before, number, space, prepared)
+        with Ledger(run.ledger) as ledger:
+            records = read_records(ledger.events)
+            history = outside(run, before, space, records)
+            say(
+                f"refined   {len(records) - len(history)} of {len(records)} trials lie in this "
+                "space; the others stay as history"
+            )
+            write_space(run, space, number + 1)
+            write_record(run, record)
+            ledger.append("refined", space=number + 1, history=history)  # from here on it is so
+            study = _open_study(run, record, space, ledger, begun)
+            study.want(study.wanted + more)
+            return _drive(run, record, space, study, ledger, dashboard_host)
+
+
+def outside(
+    run: RunDir, record: RunRecord, space: SearchSpace, records: dict[str, TrialRecord]
+) -> list[str]:
+    """Return which trials of a run would not be the same ones in another space.
+
+    They lack a value that it asks for, have one that it does not allow, or come to another
+    configuration: one that was constant may have changed.
+    """
+    settings = record.settings
+    spaces = {n: read_run_space(run, record, n) for n in {r.space for r in records.values()}}
+    found = []
+    for trial in records.values():
+        try:
+            was = settings.applied_to(spaces[trial.space].config(trial.params))
+            would_be = settings.applied_to(space.covered(trial.params).config)
+            is_same = config_hash(was) == config_hash(would_be)
+        except TuneappError:
+            is_same = False
+        if not is_same:
+            found.append(trial.trial_id)
+    return found
+
+
+def _refined(before: RunRecord, number: int, space: SearchSpace, prepared: Prepared) -> RunRecord:
+    """Return the record of a run that goes on from space `number` in another one."""
+    found = {key: found.as_dict() for key, found in prepared.weights.items()}
+    return replace(
+        before,
+        # One more may be there already: of a refinement that was killed before it counted.
+        space_paths=(*before.space_paths[:number], str(space.path.absolute())),
+        weights={**found, **before.weights},
+        code={**before.code, **prepared.code},
+        warnings=tuple(dict.fromkeys([*before.warnings, *prepared.warnings])),
+        import_from=tuple(dict.fromkeys([*before.import_from, str(Path.cwd())])),
+    )
+
+
+@contextlib.contextmanager
+def _taken_up(path: Path) -> Iterator[tuple[RunDir, RunRecord]]:
+    """Open a sweep's directory and keep all others out of it."""
     run, record = open_run(path.resolve())
+    if record.kind != "sweep":
+        raise RunError(f"{path} is a single training and no sweep; `resume` goes on with it")
     lock = run.lock()
     try:
-        space = read_run_space(run, record)
-        branches = space.branches()
-        recipes = first_trials(space, branches)
-        with Ledger(run.ledger) as ledger:
-            study = Study(
-                space,
-                ledger,
-                record.settings,
-                [(params, "recipe") for params in recipes],
-                begun(run, record),
-            )
-            if study.wanted == 0:
-                raise RunError(
-                    f"{run.path} ended before its first trial; remove it and start again"
-                )
-            if study.remaining == 0:
-                return Outcome(run, None, False, None, 0)
-            check_again(run, record, branches, watch)
-            max_epochs = max(record.settings.applied_to(b.config).epochs for b in branches)
-            return _drive(run, record, study, ledger, max_epochs, dashboard_host)
+        # Again: it may have been refined by whoever had the lock.
+        yield open_run(run.path)
     finally:
         lock.release()
 
 
-def share_machine(
-    settings: RunSettings, trials: int, concurrent: int | None
-) -> tuple[int, int, float]:
-    """Return trials at once, and CPU threads and GPUs (or a share of one) for each.
-
-    On GPUs: one trial on each, or `concurrent` of them sharing the GPUs. On CPUs: one core for
-    each, as far as memory and trials go: two on a core each get more done than one on two.
-
-    Raises:
-        ConfigError: the machine cannot give what was asked.
-    """
-    cores = _num_cores()
-    gpus = 0 if settings.device == "cpu" else torch.cuda.device_count()
-    if settings.device == "cuda" and gpus == 0:
-        raise ConfigError("--device cuda: this machine has no GPU that torch can use; use auto")
-    if concurrent is not None and concurrent < 1:
-        raise ConfigError(f"--concurrent {concurrent}: must be at least 1")
-    room = gpus or max(1, min(cores, _memory_bytes() // MEMORY_PER_TRIAL_BYTES))
-    most = max(cores, gpus)
-    slots = int(min(room, trials) if concurrent is None else concurrent)
-    if slots > most:
-        raise ConfigError(
-            f"--concurrent {slots}: this machine has {cores} CPU cores; use 1 to {most}"
-        )
-    # Ray gives out whole GPUs, or shares of a single one.
-    share = 0.0 if gpus == 0 else 1.0 if slots <= gpus else 1 / math.ceil(slots / gpus)
-    return slots, max(1, cores // slots), share
-
-
-def _num_cores() -> int:
-    """Return the CPU cores that this process may use, in a container those of the container."""
-    has_affinity = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    quota, _, period = _cgroup("cpu.max").partition(" ")
-    return max(1, min(cores, int(quota) // int(period))) if quota.isdigit() else cores
-
-
-def _memory_bytes() -> int:
-    """Return the memory of the machine, in a container that of the container."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = _cgroup("memory.max")
-    return min(memory, int(limit)) if limit.isdigit() else memory
-
-
-def _cgroup(name: str) -> str:
-    """Return a limit of the Linux control group that a container sees as its root."""
-    try:
-        return (Path("/sys/fs/cgroup") / name).read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
+def _open_study(
+    run: RunDir, record: RunRecord, space: SearchSpace, ledger: Ledger, begun: Begun
+) -> Study:
+    recipes = first_trials(space, space.branches())
+    number = current_space(ledger.events)
+    name = run.path.name if number == 1 else f"{run.path.name}, space {number}"
+    return Study(
+        space,
+        ledger,
+        record.settings,
+        [(params, "recipe") for params in recipes],
+        begun(run, record),
+        hash_of=config_hash,
+        mirror=StudyMirror(run.study_file, name),
+        space_number=number,
+    )
 
 
 def _drive(
     run: RunDir,
     record: RunRecord,
+    space: SearchSpace,
     study: Study,
     ledger: Ledger,
-    max_epochs: int,
     dashboard_host: str | None,
 ) -> Outcome:
-    """Run the study's remaining trials under Ray."""
-    settings = record.settings
+    """Run the study's remaining trials under Ray; if Ray itself dies, under a new one."""
     if record.gpus_per_trial and not torch.cuda.is_available():
         raise ConfigError(f"{run.path} was begun on GPUs, and this machine has none for torch")
-    driver = Driver(study, str(run.path))
-    folds = settings.data.folds
-    if folds is None:
-        stopper = Stopper(driver, max_epochs, settings.mode)
-    else:
-        stopper = Stopper(driver, folds, settings.mode, step="fold")
-    stopper.replay(list(ledger.events))
+    budget_s = record.time_budget_s
+    deadline = None if budget_s is None else time.monotonic() + budget_s
+    settings = record.settings
+    longest = max(settings.applied_to(b.config).epochs for b in space.branches())
+    keeper = Keeper(run, settings, record.keep_best, record.disk_budget, log.warning)
+    for attempt in range(1, START_ATTEMPTS + 1):
+        driver = Driver(study, str(run.path), record.min_free, keeper)
+        folds = settings.data.folds
+        stopper = Stopper(
+            driver, folds or longest, settings.mode, step="epoch" if folds is None else "fold"
+        )
+        stopper.replay(list(ledger.events))
+        keeper.tidy_frozen()
+        keeper.tidy(study.records)
+        try:
+            caught = _fit(record, driver, stopper, deadline, dashboard_host)
+            break
+        except RayDied as error:
+            if attempt == START_ATTEMPTS:
+                raise RayDied(
+                    f"{error}, for the {attempt}th time; nothing is lost: go on with "
+                    f"`python -m tuneapp resume {run.path}`"
+                ) from None
+            log.warning("%s: it is started anew, and the trials go on", error)
+            study.put_back()
+    keeper.tidy(study.records)
+    keeper.tidy_frozen()
+    return _outcome(
+        run, study, caught, is_late=deadline is not None and time.monotonic() > deadline
+    )
+
+
+def _fit(
+    record: RunRecord,
+    driver: Driver,
+    stopper: Stopper,
+    deadline: float | None,
+    dashboard_host: str | None,
+) -> list[int]:
+    """Let Ray Tune run the trials; return the signals that ended it early."""
     # The handlers come second: `ray.init` sets its own for SIGTERM.
-    with _ray(record, dashboard_host) as scratch, _signals() as caught:
-        budget_s = record.time_budget_s
-        until = Until(driver, None if budget_s is None else time.monotonic() + budget_s)
+    with own_ray(record, dashboard_host) as scratch, noted_signals(driver.stop) as caught:
+        driver.ray_processes = ray_processes()
+        until = Until(driver, deadline)
         tune.Tuner(
             tune.with_resources(
                 train_trial, {"cpu": record.cpus_per_trial, "gpu": record.gpus_per_trial}
             ),
             tune_config=tune.TuneConfig(
-                search_alg=Proposer(driver, settings.mode),
+                search_alg=Proposer(driver, record.settings.mode),
                 scheduler=stopper,
-                num_samples=study.remaining,
+                num_samples=-1,  # the proposer says when it is enough: a trial may be tried again
                 max_concurrent_trials=record.concurrent,
                 reuse_actors=True,
                 trial_dirname_creator=lambda trial: str(trial.trial_id),
@@ -293,7 +394,11 @@ def _drive(
                 name="trials", storage_path=str(scratch), stop=until, verbose=0
             ),
         ).fit()
-    early = study.remaining > 0 and study.common_failure is None and not until.is_late
+    return caught
+
+
+def _outcome(run: RunDir, study: Study, caught: list[int], is_late: bool) -> Outcome:
+    early = study.remaining > 0 and study.common_failure is None and not is_late
     if early and not caught:
         raise TuneappError(
             f"Ray ended the sweep with {study.remaining} trials to go; see the log.txt of the "
@@ -302,88 +407,7 @@ def _drive(
     return Outcome(
         run,
         interrupted_by=caught[0] if early else None,
-        out_of_time=until.is_late and study.remaining > 0,
+        out_of_time=is_late and study.remaining > 0,
         common_failure=study.common_failure,
         remaining=study.remaining,
     )
-
-
-@contextlib.contextmanager
-def _ray(record: RunRecord, dashboard_host: str | None) -> Iterator[Path]:
-    """Start a Ray of our own, give a scratch folder for its files, and leave nothing of either."""
-    for name in ("ray", "ray.tune"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    scratch = Path(tempfile.mkdtemp(prefix="tuneapp-"))
-    gpus = record.gpus_per_trial
-    try:
-        context = _patiently(
-            partial(
-                ray.init,
-                address="local",
-                num_cpus=record.concurrent * record.cpus_per_trial,
-                num_gpus=torch.cuda.device_count() if gpus else 0,
-                object_store_memory=OBJECT_STORE_BYTES,
-                include_dashboard=dashboard_host is not None,
-                dashboard_host=dashboard_host or "127.0.0.1",
-                logging_level=logging.CRITICAL,
-                log_to_driver=False,
-                _temp_dir=str(scratch / "ray"),
-            )
-        )
-        if _TOKEN.exists():
-            _TOKEN.chmod(0o600)  # Ray leaves it readable to others; it lets one run code as us
-        if dashboard_host is not None:
-            log.warning("dashboard http://%s", context.dashboard_url)
-            log.warning("token     it asks for what `ray get-auth-token` prints")
-        yield scratch / "results"
-    finally:
-        ray.shutdown()
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _patiently(start: Callable[[], Any]) -> Any:
-    """Start Ray; on a machine so busy that it takes longer than Ray's 30 seconds, again."""
-    for attempt in range(START_ATTEMPTS):
-        try:
-            return start()
-        except Exception as error:
-            if "timed out during startup" not in str(error):
-                raise
-            log.warning("Ray did not start within 30 s (attempt %d)", attempt + 1)
-            ray.shutdown()
-            _end_half_started()
-    raise TuneappError("Ray could not start: the machine is too busy; try again when it is less so")
-
-
-def _end_half_started() -> None:
-    """End what a failed start of Ray leaves behind: it goes on starting, and slows the next one."""
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if any(f"{os.sep}ray{os.sep}" in word for word in child.cmdline()):
-                child.kill()
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Note SIGINT and SIGTERM, and hand them to Ray as the signal on which it ends a run tidily.
-
-    Ray handles SIGINT itself while it runs trials, but aborts on SIGTERM; SIGUSR1 is its second
-    word for the same. A second Ctrl-C does not wait.
-    """
-    caught: list[int] = []
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, frame: FrameType | None) -> None:
-        caught.append(number)
-        if len(caught) > 1 or signal.getsignal(signal.SIGUSR1) in (signal.SIG_DFL, None):
-            raise KeyboardInterrupt
-        os.kill(os.getpid(), signal.SIGUSR1)
-
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-    try:
-        for number in before:
-            signal.signal(number, note)
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -2,12 +2,16 @@
 
 import contextlib
 import logging
+import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 
 from tuneapp.bars import ProgressBars
+from tuneapp.rundir import printable
 
 if TYPE_CHECKING:
     from tuneapp.display import Progress
@@ -15,13 +19,59 @@ if TYPE_CHECKING:
     from tuneapp.rundir import RunDir, RunRecord
     from tuneapp.summary import Summary
 
-out = Console()
-err = Console(stderr=True)
+
+class _Stream:
+    """Standard output or error, whichever that is at the time; nothing, where nobody reads it.
+
+    What has begun goes on without its terminal: after `| head -1`, on a full disk, over a lost
+    connection. A letter that the terminal's encoding lacks is written as Python would.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "rich_proxied_file":  # a live table puts its own file in the place of ours
+            raise AttributeError(name)
+        return getattr(self._file, name)
+
+    @property
+    def _file(self) -> Any:
+        file = getattr(sys, self._name)
+        return getattr(file, "rich_proxied_file", file)
+
+    def write(self, text: str) -> int:
+        encoding = getattr(self._file, "encoding", None) or "utf-8"
+        shown = text.encode(encoding, "backslashreplace").decode(encoding)
+        self._attempt(lambda file: file.write(shown))
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(lambda file: file.flush())
+
+    def _attempt(self, act: Callable[[Any], object]) -> None:
+        file = self._file
+        if file is None:  # it was closed before we began
+            return
+        try:
+            act(file)
+        except (OSError, ValueError):
+            # Whatever else is written there, at the end of the process too, shall not fail again.
+            with contextlib.suppress(OSError, ValueError), Path(os.devnull).open("wb") as null:
+                os.dup2(null.fileno(), file.fileno())
+
+
+out = Console(file=cast(IO[str], _Stream("stdout")))
+err = Console(file=cast(IO[str], _Stream("stderr")), stderr=True)
 
 
 def print_to(console: Console, line: str, style: str | None = None) -> None:
-    """Print a line as it is, but for what a terminal would obey: names of files can hold it."""
-    shown = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in line)
+    """Print a line as it is, but for what a terminal would obey: names of files can hold it.
+
+    Line ends around it are ours.
+    """
+    inner = line.strip("\n")
+    shown = line.replace(inner, printable(inner)) if inner else line
     console.print(shown, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -42,8 +92,15 @@ class LogToStderr(logging.Handler):
         super().__init__(logging.WARNING)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print what was logged."""
-        print_to(err, self.format(record), "yellow")
+        """Print what was logged, each line of a traceback as one."""
+        message, *traceback = [record.getMessage(), *self._traceback(record)]
+        for line in (message, *traceback):
+            print_to(err, line, "yellow")
+
+    def _traceback(self, record: logging.LogRecord) -> list[str]:
+        if not record.exc_info:
+            return []
+        return logging.Formatter().formatException(record.exc_info).splitlines()
 
 
 class Show:

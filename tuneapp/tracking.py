@@ -1,18 +1,26 @@
 """TensorBoard, and its twin that does nothing.
 
 The event files are a cache of the trial's history: a trial that goes on makes them again from it,
-so no step is ever in them twice. Ray's own TensorBoard logger is off (sweep.py).
+so no step is ever in them twice. Ray's own TensorBoard logger is off (sweep.py). A file that cannot
+be written is warned of once, and the training goes on without it.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from tensorboardX import SummaryWriter
-from tensorboardX.summary import hparams
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.summary import hparams, scalar
+from tensorboardX.summary import text as text_summary
 
 from tuneapp.checkpoint import Row
 from tuneapp.config import RunSettings, is_better
+
+log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
@@ -68,10 +76,18 @@ class TensorBoardTracker:
         text: str = "",
     ) -> None:
         """Write the event file in `folder` anew, with the epochs of `history` in it."""
-        for old in folder.glob("events.out.tfevents.*"):
-            old.unlink()
-        # tensorboardX writes from a thread of its own, by default every two minutes.
-        self._writer = SummaryWriter(str(folder), flush_secs=1)
+        # Not tensorboardX's SummaryWriter: it writes from a thread of its own, through a queue that
+        # a kill loses, and that blocks for ever once the thread has died of a full disk.
+        self._folder = folder
+        self._file: EventsWriter | None = None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for old in folder.glob("events.out.tfevents.*"):
+                old.unlink()
+            self._file = EventsWriter(str(folder / "events"))
+        except OSError as error:
+            self._give_up(error)
+        self._tags: dict[str, str] = {}
         self._metric, self._mode = settings.metric, settings.mode
         self._best: float | None = None
         # HParams shows the newest value of a tag, so the tag that it is given is the running best.
@@ -79,25 +95,61 @@ class TensorBoardTracker:
         plain = {
             k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in params.items()
         }
-        experiment, start, _ = hparams(plain, {self._best_tag: 0.0})
+        experiment, start, _ = hparams(plain, {self._tag(self._best_tag): 0.0})
         for summary in (experiment, start):
-            self._writer.file_writer.add_summary(summary)
+            self._add(summary, None)
         if text:
-            self._writer.add_text("data", text, 0)
+            self._add(text_summary("data", text), 0)
         for row in history:
             self.epoch(row)
 
     def epoch(self, row: Row) -> None:
         """Write every number of `row` at its epoch, and the best value up to it."""
         epoch = row["epoch"]
-        for tag, value in row.items():
-            if tag != "epoch":
-                self._writer.add_scalar(tag, value, epoch)
+        for name, value in row.items():
+            if name != "epoch":
+                self._add(scalar(self._tag(name), value), epoch)
         if is_better(row[self._metric], self._best, self._mode):
             self._best = row[self._metric]
-        self._writer.add_scalar(self._best_tag, self._best, epoch)
-        self._writer.flush()
+        self._add(scalar(self._tag(self._best_tag), self._best), epoch)
+        self._attempt(lambda file: file.flush())
 
     def close(self) -> None:
         """Close the event file."""
-        self._writer.close()
+        self._attempt(lambda file: file.close())
+        self._file = None
+
+    def _tag(self, name: str) -> str:
+        """Return the tag of a metric: TensorBoard's have few characters, and are one metric's."""
+        if name not in self._tags:
+            tag = clean = scalar(name, 0.0).value[0].tag
+            number = 1
+            while tag in self._tags.values():
+                number += 1
+                tag = f"{clean}_{number}"
+            self._tags[name] = tag
+        return self._tags[name]
+
+    def _add(self, summary: Any, step: int | None) -> None:
+        event = Event(summary=summary, wall_time=time.time(), step=step)
+        self._attempt(lambda file: file.write_event(event))
+
+    def _attempt(self, act: Callable[[Any], object]) -> None:
+        if self._file is None:
+            return
+        try:
+            act(self._file)
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            with contextlib.suppress(OSError):  # it tries to write what it still holds
+                file.close()
+        log.warning(
+            "%s: TensorBoard's file cannot be written (%s); the training goes on without it, and "
+            "epochs.csv has every number",
+            self._folder,
+            error.strerror or error,
+        )

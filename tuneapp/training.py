@@ -46,6 +46,9 @@ class TrialRun:
         num_threads: CPU threads.
         has_gpu: whether a GPU was given to this trial.
         folder: where its files go; None writes none.
+        frozen_folder: where checkpoints keep what is frozen, for all trials of a run; None keeps it
+            beside them.
+        min_free: bytes of the disk below which the trial waits for room before it writes.
         params: the sampled values behind the configuration, for HParams.
     """
 
@@ -56,6 +59,8 @@ class TrialRun:
     num_threads: int = 1
     has_gpu: bool = False
     folder: Path | None = None
+    frozen_folder: Path | None = None
+    min_free: int = 0
     params: Mapping[str, Any]
 
 

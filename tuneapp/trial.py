@@ -17,6 +17,7 @@ from tuneapp.data.findings import describe_bad
 from tuneapp.errors import Diverged, TrialError
 from tuneapp.loop import EpochMetrics, Evaluation, evaluate, train_one_epoch
 from tuneapp.metrics import measure
+from tuneapp.room import write_patiently
 from tuneapp.rundir import write_atomically, write_json
 from tuneapp.tracking import NoTracker, Tracker, open_tracker
 from tuneapp.training import TrialRun, begin_training
@@ -155,8 +156,13 @@ def _record(state: TrainState, row: Row, run: TrialRun) -> None:
         state.best_epoch = row["epoch"]
     if run.folder is None:
         return
-    state.save(run.folder / "checkpoints")
-    _write_table(run.folder / "epochs.csv", state.history)
+    folder = run.folder
+
+    def write() -> None:
+        state.save(folder / "checkpoints", run.frozen_folder)
+        _write_table(folder / "epochs.csv", state.history)
+
+    write_patiently(folder, run.min_free, write, log.warning)
 
 
 def _write_table(file: Path, history: Sequence[Row]) -> None:

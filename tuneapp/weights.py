@@ -126,7 +126,13 @@ def _best_checkpoint(folder: Path, asked: str) -> Path:
     if (folder / "checkpoints").is_dir():
         folder = folder / "checkpoints"
     try:
-        best = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["best"]
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if "kept" in manifest:
+            raise WeightsError(
+                f"weights {asked!r}: the checkpoints of this trial were not kept; raise "
+                "--keep-best, or train it again"
+            )
+        best = manifest["best"]
         file, wanted = folder / str(best["file"]), best["sha256"]
         intact = sha256_of(file) == wanted
     except (OSError, ValueError, TypeError, KeyError) as error:

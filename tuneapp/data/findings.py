@@ -76,7 +76,7 @@ def describe_bad(images: ImageSet) -> str:
         return ""
     counts = Counter(e.split for e in bad)
     counted = ", ".join(f"{count} of {split}" for split, count in sorted(counts.items()))
-    lines = [f"- {e.path} {e.bad}" for e in bad]
+    lines = [f"- {_shown(e.path)} {e.bad}" for e in bad]
     policy = images.data.bad_images
     fate = (
         "in training, others of their class take their places"
@@ -86,6 +86,11 @@ def describe_bad(images: ImageSet) -> str:
     text = "\n".join([f"{len(bad)} images cannot be read ({counted}); {fate}:", "", *lines])
     # Names of files need not be text, and TensorBoard takes nothing else.
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _shown(path: str) -> str:
+    """Return a path with its line ends, and whatever else is no letter, as Python writes them."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in path)
 
 
 def _skipped(images: ImageSet) -> Iterable[Finding]:

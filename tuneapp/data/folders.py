@@ -47,6 +47,10 @@ def read_folder(data: Data) -> ImageSet:
     reader = _ClassFolders(root, data) if data.label_regex is None else _FlatFolder(root, data)
     for split, place in folders.items():
         reader.read(place, split)
+    if root not in folders.values():
+        for beside in sorted(root.iterdir()):
+            if beside.is_dir() and beside.name[:1] != "." and beside not in folders.values():
+                reader.skip(beside, "lies beside the folders of the splits, and is not read")
     return reader.result()
 
 

@@ -21,7 +21,7 @@ from tuneapp.config import Data
 from tuneapp.data.decode import Unreadable, digest, read_bytes
 from tuneapp.data.examples import Example, ImageSet, Labels
 from tuneapp.errors import DataError
-from tuneapp.rundir import write_atomically
+from tuneapp.rundir import cell, write_atomically
 
 _NAMED = 5  # how many names a message lists
 
@@ -330,7 +330,8 @@ def write_bad_images(file: Path, images: ImageSet) -> None:
 
     def write(aside: Path) -> None:
         with aside.open("w", encoding="utf-8", errors="surrogateescape", newline="") as out:
-            csv.writer(out).writerows([("path", "class", "split", "cause"), *rows])
+            table = [("path", "class", "split", "cause"), *rows]
+            csv.writer(out).writerows([cell(value) for value in row] for row in table)
 
     write_atomically(file, write)
 

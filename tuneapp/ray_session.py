@@ -1,0 +1,145 @@
+"""A Ray of our own: started, closed to others, and ended without leaving anything behind."""
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from tuneapp.errors import ConfigError, TuneappError
+from tuneapp.rundir import RunRecord
+from tuneapp.watchdog import end_ray_processes
+
+# Before Ray is imported, which reads them then. Each can be set otherwise from outside, but for
+# the token, without which whoever reaches a port of Ray's runs code as this user.
+for _name, _value in {
+    "RAY_AUTH_MODE": "token",  # Ray's own default, said aloud: silences its notice
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # all of Ray's sockets on 127.0.0.1
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # Ray's own tables and banners are off: we have ours
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # TensorBoard and CSV are ours
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # a trial's error.txt has it
+}.items():
+    os.environ.setdefault(_name, _value)
+
+import ray  # noqa: E402
+
+log = logging.getLogger(__name__)
+
+START_ATTEMPTS = 3
+OBJECT_STORE_BYTES = 128 * 2**20
+"""Ray's shared memory: nothing large goes through it."""
+
+_TOKEN = Path("~/.ray/auth_token").expanduser()
+
+
+def require_token() -> None:
+    """Refuse to start a Ray that lets everybody in who reaches its ports.
+
+    Raises:
+        ConfigError: RAY_AUTH_MODE says so.
+    """
+    mode = os.environ.get("RAY_AUTH_MODE", "token")
+    if mode != "token":
+        raise ConfigError(
+            f"RAY_AUTH_MODE={mode}: whoever reaches a port of this Ray could run code as you; "
+            "unset it, or set it to token"
+        )
+
+
+@contextlib.contextmanager
+def own_ray(record: RunRecord, dashboard_host: str | None) -> Iterator[Path]:
+    """Start a Ray of our own, give a scratch folder for its files, and leave nothing of either.
+
+    Args:
+        record: says how many trials run at once, and on what.
+        dashboard_host: address for Ray's dashboard; None starts none.
+    """
+    require_token()
+    for name in ("ray", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    scratch = Path(tempfile.mkdtemp(prefix="tuneapp-"))
+    try:
+        context = _patiently(
+            partial(
+                ray.init,
+                address="local",
+                num_cpus=record.concurrent * record.cpus_per_trial,
+                num_gpus=torch.cuda.device_count() if record.gpus_per_trial else 0,
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=dashboard_host is not None,
+                dashboard_host=dashboard_host or "127.0.0.1",
+                logging_level=logging.CRITICAL,
+                log_to_driver=False,
+                _temp_dir=str(scratch / "ray"),
+            )
+        )
+        if _TOKEN.exists():
+            _TOKEN.chmod(0o600)  # Ray leaves it readable to others; it lets one run code as us
+        if dashboard_host is not None:
+            log.warning("dashboard http://%s", context.dashboard_url)
+            log.warning("token     it asks for what `ray get-auth-token` prints")
+        if dashboard_host not in (None, "127.0.0.1", "localhost", "::1"):
+            log.warning(
+                "open      it can be reached from the network: the token is all that guards it"
+            )
+        yield scratch / "results"
+    finally:
+        ray.shutdown()
+        end_ray_processes()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _patiently(start: Callable[[], Any]) -> Any:
+    """Start Ray; on a machine so busy that it takes longer than Ray's 30 seconds, again."""
+    for attempt in range(START_ATTEMPTS):
+        try:
+            return start()
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+            log.warning("Ray did not start within 30 s (attempt %d)", attempt + 1)
+            ray.shutdown()
+            end_ray_processes()  # it goes on starting, and slows the next one
+    raise TuneappError("Ray could not start: the machine is too busy; try again when it is less so")
+
+
+@contextlib.contextmanager
+def noted_signals(stop: Callable[[], None]) -> Iterator[list[int]]:
+    """Note SIGINT, SIGTERM and SIGHUP, and hand them to Ray as the one on which it ends tidily.
+
+    Ray handles SIGINT itself while it runs trials, but aborts on SIGTERM; SIGUSR1 is its second
+    word for the same. A second Ctrl-C does not wait.
+
+    Args:
+        stop: called first, so that no new trial begins.
+    """
+    caught: list[int] = []
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {s: handler for s, handler in before.items() if handler is not signal.SIG_IGN}  # nohup
+
+    def note(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+        stop()
+        if len(caught) > 1 or signal.getsignal(signal.SIGUSR1) in (signal.SIG_DFL, None):
+            raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    try:
+        for number in before:
+            signal.signal(number, note)
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
