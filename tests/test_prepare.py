@@ -24,6 +24,7 @@ from tuneapp.data.sampling import InOrder
 from tuneapp.data.store import open_store
 from tuneapp.data.views import evaluation_view
 from tuneapp.errors import CheckpointError, DataError, RunError, SpaceError, WeightsError
+from tuneapp.ledger import Ledger
 from tuneapp.models import build_network
 from tuneapp.prepare import (
     assemble,
@@ -637,6 +638,8 @@ def test_the_model_of_a_trial_has_the_weights_that_its_best_epoch_was_validated_
     params = {"kind": "own", "lr": 3e-2}
     config, trial_run = assemble(*open_run(run.path), "t0001", params, has_gpu=False)
     state = run_trial(config, trial_run, lambda row: None)
+    with Ledger(run.ledger) as ledger:
+        ledger.append("proposed", trial="t0001", origin="set", params=params, epochs=3)
     torch.manual_seed(5)
     model = load_model(run.path, "t0001")
     best = state.history[state.best_epoch - 1]

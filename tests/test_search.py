@@ -1,9 +1,11 @@
 import json
 import pickle
 import random
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from ray import cloudpickle
 from ray.tune.schedulers import TrialScheduler
@@ -11,8 +13,10 @@ from ray.tune.search import Searcher
 
 from tuneapp import search
 from tuneapp.config import RunSettings
+from tuneapp.errors import RayDied
 from tuneapp.failures import MAX_RETRIES
 from tuneapp.ledger import Ledger, read_events
+from tuneapp.ray_session import OwnRay
 from tuneapp.search import Driver, Proposer, Stopper, Until
 from tuneapp.space import SearchSpace
 from tuneapp.study import Study
@@ -72,7 +76,7 @@ def events(tmp_path):
 
 def ray_trial(trial_id):
     # Ray's own id is another one: ours travels in the assignment.
-    return SimpleNamespace(trial_id="d3adb33f", config={"trial_id": trial_id})
+    return SimpleNamespace(trial_id=f"ray-{trial_id}", config={"trial_id": trial_id})
 
 
 def result(**message):
@@ -309,11 +313,12 @@ def test_a_trial_whose_process_died_again_and_again_has_failed(started, events):
     assert [e["event"] for e in events()[-3:]] == ["retried", "retried", "ended"]
 
 
-def test_a_trial_that_returns_early_is_not_finished(started):
+def test_a_trial_that_returns_early_is_not_finished_but_a_bug(started):
     study, stopper = started([LONG])
     report_up_to(stopper, "t0001", 8, 0.5)
     stopper.on_trial_complete(None, ray_trial("t0001"), {})
-    assert study.records["t0001"].state == "unfinished"
+    record = study.records["t0001"]
+    assert (record.state, record.kind) == ("failed", "bug")
 
 
 # --- Restarts -------------------------------------------------------------------------------------
@@ -436,3 +441,164 @@ def test_a_sweep_is_over_when_all_first_trials_fail_alike(started, tmp_path):
         stopper.on_trial_result(None, ray_trial(f"t000{number}"), told)
     assert until.stop_all()
     assert not until.is_late
+
+
+# --- What can pass --------------------------------------------------------------------------------
+
+
+def test_what_a_trial_tells_that_can_pass_lets_it_be_tried_again(started):
+    study, stopper = started([LONG])
+    told = failed("disk full", "OSError: no space", can_pass=True)
+    assert stopper.on_trial_result(None, ray_trial("t0001"), told) == GO
+    assert study.records["t0001"].state == "unfinished"
+    assert study.propose().trial_id == "t0001"
+    stopper.on_trial_error(None, ray_trial("t0001"))  # it has said so itself: counted once
+    assert study.records["t0001"].retries == 1
+    assert study.propose() is None
+
+
+def test_a_process_that_dies_after_a_failure_was_dealt_with_is_a_failure_of_its_own(started):
+    study, stopper = started([LONG])
+    for retries in (1, 2):
+        told = failed("disk full", "OSError: no space", can_pass=True)
+        stopper.on_trial_result(None, ray_trial("t0001"), told)
+        stopper.on_trial_error(None, ray_trial("t0001"))
+        assert study.records["t0001"].retries == retries
+        assert study.propose().trial_id == "t0001"
+    stopper.on_trial_error(None, ray_trial("t0001"))
+    assert study.records["t0001"].state == "failed"
+
+
+def test_a_trial_that_told_a_failure_and_returned_can_still_fail_later(started, tmp_path):
+    study, stopper = started([LONG])
+    told = failed("process died", "an earlier process of this trial did not end", can_pass=True)
+    stopper.on_trial_result(None, ray_trial("t0001"), told)
+    stopper.on_trial_complete(None, ray_trial("t0001"), {})  # as trainable.py does
+    assert study.propose().trial_id == "t0001"
+    stopper.on_trial_error(None, ray_trial("t0001"))  # now it dies without a word
+    # Or else it is neither running nor proposed again, and the sweep waits for it for ever.
+    assert study.propose() is not None
+
+
+def test_what_a_trial_warns_of_is_in_the_ledger(started, events):
+    study, stopper = started([LONG])
+    row = {"epoch": 1, "val/accuracy": 0.5, "val/loss": 0.5, "applied": {}}
+    for _ in range(2):
+        stopper.on_trial_result(None, ray_trial("t0001"), result(row=row, warnings=["slow", "old"]))
+    assert study.records["t0001"].warnings == ["slow", "old"]
+    assert [e["text"] for e in events() if e["event"] == "warned"] == ["slow", "old"]
+
+
+@pytest.mark.parametrize(
+    ("said", "kills", "kind"),
+    [
+        ("", 0, "process died"),
+        ("killed due to the node running low on memory", 0, "out of memory"),
+        ("", 1, "out of memory"),
+        ("its node has died", 0, "node lost"),
+    ],
+)
+def test_why_a_process_died_is_what_ray_and_the_kernel_say(
+    started, events, tmp_path, monkeypatch, said, kills, kind
+):
+    counted = [5]
+    monkeypatch.setattr(search, "kernel_memory_kills", lambda: counted[0])
+    _, stopper = started([LONG])
+    counted[0] += kills
+    trial = ray_trial("t0001")
+    trial.error_file = str(tmp_path / "error.txt")
+    Path(trial.error_file).write_text(said)
+    stopper.on_trial_error(None, trial)
+    assert events()[-1]["event"] == "retried"
+    assert events()[-1]["kind"] == kind
+    if kills:  # of the next one, they are not the cause
+        stopper.on_trial_error(None, ray_trial("t0001"))
+        assert events()[-1]["kind"] == "process died"
+
+
+def test_a_trial_that_the_watchdog_has_ended_is_stalled(started, monkeypatch):
+    study, stopper = started([LONG])
+    began = result(began=1)
+    assert stopper.on_trial_result(None, ray_trial("t0001"), began) == GO
+    stopper._driver.watchdog._silences["ray-t0001"] = 301.0
+    stopper.on_trial_error(None, ray_trial("t0001"))
+    record = study.records["t0001"]
+    assert (record.state, record.kind, record.retries) == ("failed", "stalled", 0)
+
+
+def test_the_watchdog_hears_of_beginnings_epochs_and_ends(started, monkeypatch):
+    _, stopper = started([LONG, LONG])
+    heard = []
+    dog = stopper._driver.watchdog
+    monkeypatch.setattr(dog, "began", lambda *words: heard.append(("began", *words)))
+    monkeypatch.setattr(dog, "heard", lambda *words: heard.append(("heard", *words)))
+    monkeypatch.setattr(dog, "ended", lambda *words: heard.append(("ended", *words)))
+    stopper.on_trial_result(None, ray_trial("t0001"), result(began=123))
+    report(stopper, "t0001", 1, 0.5)
+    report(stopper, "t0001", 1, 0.5)  # known, and yet a sign of life
+    proposer = Proposer(stopper._driver, "max")
+    proposer.on_trial_complete("ray-t0001")  # which Ray calls however a trial ends
+    stopper.on_trial_error(None, ray_trial("t0002"))
+    assert heard == [
+        ("began", "ray-t0001", 123, "t0001"),
+        ("heard", "ray-t0001"),
+        ("heard", "ray-t0001"),
+        ("ended", "ray-t0001"),
+        ("ended", "ray-t0002"),
+    ]
+
+
+def test_while_the_disk_is_full_no_trial_begins(started, tmp_path, monkeypatch, caplog):
+    study, _ = started([RECIPE, LONG], propose=False)
+    study.want(2)
+    free = [10**9]
+    monkeypatch.setattr(search, "free_bytes", lambda folder: free[0])
+    driver = Driver(study, str(tmp_path), min_free=10**9)
+    proposer = Proposer(driver, "max")
+    looks = []
+    monkeypatch.setattr(driver.watchdog, "look", lambda *, excused: looks.append(excused))
+    until = Until(driver, None)
+    with caplog.at_level("WARNING"):
+        assert proposer.suggest("a")["trial_id"] == "t0001"
+        free[0] -= 1
+        assert [proposer.suggest("b") for _ in range(3)] == [None] * 3
+        assert not until.stop_all()
+        free[0] += 1
+        assert proposer.suggest("b")["trial_id"] == "t0002"
+        assert not until.stop_all()
+    assert looks == [True, False]  # trials may have to wait, too
+    said = [r.message for r in caplog.records]
+    assert len(said) == 2
+    assert "waiting for 1 GB" in said[0]
+    assert "going on" in said[1]
+
+
+def test_when_one_of_rays_processes_is_dead_the_sweep_says_so(started, tmp_path):
+    study, _ = started([LONG])
+    driver = Driver(study, str(tmp_path))
+    until = Until(driver, None)
+    sleeper = subprocess.Popen(["/bin/sleep", "60"])
+    driver.ray = OwnRay(tmp_path, {"raylet": psutil.Process(sleeper.pid)})
+    assert not until.stop_all()
+    sleeper.kill()
+    sleeper.wait()
+    with pytest.raises(RayDied, match="raylet"):
+        until.stop_all()
+
+
+def test_a_sweep_that_is_to_stop_begins_no_trial(started, tmp_path):
+    study, _ = started([LONG, LONG], propose=False)
+    study.want(2)
+    driver = Driver(study, str(tmp_path))
+    driver.stop()
+    assert Proposer(driver, "max").suggest("a") == Searcher.FINISHED
+    assert not study.records
+
+
+def test_history_does_not_count_in_the_rungs(started, tmp_path):
+    study, stopper = started([LONG] * 3)
+    for trial_id, shown in (("t0001", 0.3), ("t0002", 0.9)):
+        report_up_to(stopper, trial_id, 3, shown)
+    study._ledger.append("refined", space=2, history=["t0002"])
+    _, again = started([LONG] * 3, propose=False)
+    assert rungs(again)[3] == {"t0001": 0.3}

@@ -22,7 +22,6 @@ from tuneapp.records import (
     TrialRecord,
     best_record,
     flat,
-    is_exhausted,
     read_records,
     spread_of,
     take,
@@ -247,7 +246,7 @@ def result_lines(read: "Summary") -> list[str]:
     twins = sum(trial.state == "duplicate" for trial in read.trials)
     if twins:
         lines.append(f"same      {twins} trial(s) were the same as earlier ones, and not run again")
-    if is_exhausted(read.trials):
+    if read.is_exhausted:
         lines.append(
             f"exhausted the last {MAX_TWINS} proposals were all known: the space has no more"
         )

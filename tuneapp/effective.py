@@ -4,6 +4,7 @@ import hashlib
 from typing import Any
 
 from tuneapp.config import TrialConfig, canonical_json
+from tuneapp.errors import ConfigError
 from tuneapp.fit import skeleton
 from tuneapp.models import freeze_as, freeze_depth_in, stage_lrs
 
@@ -18,6 +19,9 @@ def effective(config: TrialConfig) -> dict[str, Any]:
 
     Args:
         config: of a network that exists, and that it fits.
+
+    Raises:
+        ConfigError: a stage that is trained has no learning rate.
     """
     plain = config.as_dict()
     model = skeleton(config.model, aux=config.aux_weight > 0)
@@ -30,6 +34,9 @@ def effective(config: TrialConfig) -> dict[str, Any]:
     for name in ("lr_ratio", "head_lr_factor"):
         del plain[name]
     del plain["optimizer"]["lr"]
+    missing = [name for name in names if name in trained and name not in rates]
+    if missing:
+        raise ConfigError(f"lr_ratio: no factor for stage {missing[0]!r}, which is trained")
     plain["lrs"] = {name: rates[name] for name in names if name in trained}
 
     plain["freeze_depth"] = freeze_depth_in(config, len(names)) if not config.freeze else 0
@@ -47,5 +54,14 @@ def effective(config: TrialConfig) -> dict[str, Any]:
 
 def config_hash(config: TrialConfig) -> str:
     """Return 16 hexadecimal digits that are the same for the same effective configuration."""
-    text = canonical_json(effective(config))
+    text = canonical_json(_alike(effective(config)))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _alike(plain: Any) -> Any:
+    """Return it with one spelling for each number: 1 is 1.0."""
+    if isinstance(plain, dict):
+        return {name: _alike(value) for name, value in plain.items()}
+    if isinstance(plain, list):
+        return [_alike(value) for value in plain]
+    return float(plain) if isinstance(plain, int) and not isinstance(plain, bool) else plain

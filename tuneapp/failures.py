@@ -110,7 +110,7 @@ def classify(error: BaseException, folder: Path) -> Failure:
     if isinstance(error, Diverged):
         return Failure("diverged", str(error))
     kind = _kind_of(error, folder)
-    return Failure(kind, say_cause(error), can_pass=kind == "disk full")
+    return Failure(kind, say_cause(error), can_pass=kind in ("disk full", "process died"))
 
 
 def _kind_of(error: BaseException, folder: Path) -> Kind:
@@ -118,6 +118,8 @@ def _kind_of(error: BaseException, folder: Path) -> Kind:
         return "out of memory"
     if is_full(error, folder):
         return "disk full"
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        return "process died"
     return "data" if isinstance(error, DataError) else "bug"
 
 
@@ -127,7 +129,13 @@ def _is_out_of_memory(error: BaseException) -> bool:
     torch has its own error for a device; of the host's memory its allocator raises a RuntimeError.
     """
     words = str(error).lower()
-    refused = ("can't allocate memory", "out of memory", "not enough memory", "cannot allocate")
+    refused = (
+        "can't allocate memory",
+        "out of memory",
+        "not enough memory",
+        "cannot allocate",
+        "alloc_failed",  # of cuBLAS and cuDNN
+    )
     named = type(error).__name__ in ("OutOfMemoryError", "MemoryError")
     of_torch = isinstance(error, RuntimeError | OSError) and any(w in words for w in refused)
     return named or of_torch

@@ -34,29 +34,32 @@ def share_machine(
         raise ConfigError("--device cuda: this machine has no GPU that torch can use; use auto")
     if concurrent is not None and concurrent < 1:
         raise ConfigError(f"--concurrent {concurrent}: must be at least 1")
-    _require_gpus(gpus_per_trial, gpus)
+    _require_gpus(gpus_per_trial, gpus, settings.device)
     if cpus_per_trial is not None and not 1 <= cpus_per_trial <= cores:
         raise ConfigError(f"--cpus-per-trial {cpus_per_trial}: this machine has {cores} CPU cores")
 
     memory = memory_bytes() // MEMORY_PER_TRIAL_BYTES
-    room = int(gpus / (gpus_per_trial or 1.0)) or max(1, min(cores, memory))
-    if cpus_per_trial is not None:
-        room = min(room, cores // cpus_per_trial)
-    slots = int(min(room, trials) if concurrent is None else concurrent)
+    on_gpus = gpus * int(1 / (gpus_per_trial or 1.0))  # a share lies on one GPU
+    room = on_gpus or max(1, min(cores, memory))
     most = max(cores, gpus) if cpus_per_trial is None else cores // cpus_per_trial
+    if gpus_per_trial is not None:
+        most = min(most, on_gpus)
+    slots = int(min(room, most, trials) if concurrent is None else concurrent)
     if slots > most:
-        each = "" if cpus_per_trial is None else f" for trials of {cpus_per_trial}"
         raise ConfigError(
-            f"--concurrent {slots}: this machine has {cores} CPU cores{each}; use 1 to {most}"
+            f"--concurrent {slots}: this machine has {cores} CPU cores and {gpus} GPUs, which is "
+            f"room for {most} such trials; use 1 to {most}"
         )
     # Ray gives out whole GPUs, or shares of a single one.
     share = 0.0 if gpus == 0 else 1.0 if slots <= gpus else 1 / math.ceil(slots / gpus)
     return slots, cpus_per_trial or max(1, cores // slots), gpus_per_trial or share
 
 
-def _require_gpus(asked: float | None, gpus: int) -> None:
+def _require_gpus(asked: float | None, gpus: int, device: str) -> None:
     if asked is None:
         return
+    if device == "cpu":
+        raise ConfigError(f"--gpus-per-trial {asked:g}: with --device cpu no GPU is used")
     if asked > gpus:
         raise ConfigError(
             f"--gpus-per-trial {asked:g}: this machine has {gpus} GPUs that torch can use"

@@ -52,9 +52,11 @@ class StudyMirror:
         # Left by a process that was killed while it wrote. The run is locked: nobody else does.
         for leftover in self._file.parent.glob(f"{self._file.name}.lock*"):
             leftover.unlink(missing_ok=True)
+        if self._file.exists() and not self._file.read_bytes().endswith(b"\n"):
+            self._file.unlink()  # torn by a kill: what is appended would follow half a line
         try:
             storage, known = self._open(direction)
-        except Exception as error:  # a torn line, or no journal at all
+        except Exception as error:  # a damaged line, or no journal at all
             log.info("%s is made anew: %s", self._file, error)
             self._file.unlink(missing_ok=True)
             storage, known = self._open(direction)

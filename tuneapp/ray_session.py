@@ -5,18 +5,22 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
 import torch
+from filelock import FileLock, Timeout
 
-from tuneapp.errors import ConfigError, TuneappError
+from tuneapp.errors import ConfigError, RayDied, TuneappError
 from tuneapp.rundir import RunRecord
-from tuneapp.watchdog import end_ray_processes
+from tuneapp.watchdog import end_ray_processes, first_dead, ray_processes
 
 # Before Ray is imported, which reads them then. Each can be set otherwise from outside, but for
 # the token, without which whoever reaches a port of Ray's runs code as this user.
@@ -40,6 +44,7 @@ START_ATTEMPTS = 3
 OBJECT_STORE_BYTES = 128 * 2**20
 """Ray's shared memory: nothing large goes through it."""
 
+_SCRATCH = "tuneapp-ray-"
 _TOKEN = Path("~/.ray/auth_token").expanduser()
 
 
@@ -57,9 +62,48 @@ def require_token() -> None:
         )
 
 
+@dataclass(frozen=True)
+class OwnRay:
+    """A Ray that runs.
+
+    Attributes:
+        scratch: folder for its files.
+        processes: those that it cannot do without, by name.
+    """
+
+    scratch: Path
+    processes: Mapping[str, psutil.Process]
+
+    def require_alive(self, way_out: str) -> None:
+        """Check that trials can run; to be asked several times a second.
+
+        Without its raylet, Ray can be ended, and started anew. Without its GCS it cannot even be
+        ended: each word to it waits for 60 s, and then ends this process (ray 2.60). So it ends
+        at once.
+
+        Args:
+            way_out: told to the user where this process ends.
+
+        Raises:
+            RayDied: it can be started anew.
+        """
+        dead = first_dead(self.processes)
+        if dead is None:
+            return
+        if dead != "gcs_server":
+            raise RayDied(f"Ray's {dead} process ended")
+        end_ray_processes()
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        log.error("tuneapp: error: Ray's %s process ended; %s", dead, way_out)
+        if sys.stdout.isatty():
+            sys.stdout.write("\x1b[?25h")  # the live table has hidden the cursor
+            sys.stdout.flush()
+        os._exit(RayDied.exit_code)
+
+
 @contextlib.contextmanager
-def own_ray(record: RunRecord, dashboard_host: str | None) -> Iterator[Path]:
-    """Start a Ray of our own, give a scratch folder for its files, and leave nothing of either.
+def own_ray(record: RunRecord, dashboard_host: str | None) -> Iterator[OwnRay]:
+    """Start a Ray of our own, and leave nothing of it.
 
     Args:
         record: says how many trials run at once, and on what.
@@ -68,7 +112,10 @@ def own_ray(record: RunRecord, dashboard_host: str | None) -> Iterator[Path]:
     require_token()
     for name in ("ray", "ray.tune"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    scratch = Path(tempfile.mkdtemp(prefix="tuneapp-"))
+    _remove_leftovers()
+    scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH))
+    lock = FileLock(scratch / ".lock")  # dies with this process, and so says that it lives
+    lock.acquire()
     try:
         context = _patiently(
             partial(
@@ -90,14 +137,22 @@ def own_ray(record: RunRecord, dashboard_host: str | None) -> Iterator[Path]:
             log.warning("dashboard http://%s", context.dashboard_url)
             log.warning("token     it asks for what `ray get-auth-token` prints")
         if dashboard_host not in (None, "127.0.0.1", "localhost", "::1"):
-            log.warning(
-                "open      it can be reached from the network: the token is all that guards it"
-            )
-        yield scratch / "results"
+            log.warning("open      the network can reach it: the token is all that guards it")
+        yield OwnRay(scratch, ray_processes())
     finally:
         ray.shutdown()
         end_ray_processes()
+        lock.release()
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _remove_leftovers() -> None:
+    """Remove the scratch folders of sweeps that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
+        with contextlib.suppress(OSError, Timeout):
+            if folder.stat().st_uid == os.geteuid() and (folder / ".lock").exists():
+                with FileLock(folder / ".lock", timeout=0):
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _patiently(start: Callable[[], Any]) -> Any:

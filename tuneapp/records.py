@@ -137,14 +137,25 @@ def trials_wanted(events: Iterable[Event]) -> int:
     return next((e["trials"] for e in reversed(list(events)) if e["event"] == "sweep"), 0)
 
 
-def is_exhausted(records: Iterable[TrialRecord]) -> bool:
-    """Whether the newest proposals of a space were all the same as earlier trials."""
-    records = list(records)
-    newest = [r for r in records if r.space == records[-1].space][-MAX_TWINS:] if records else []
-    return len(newest) == MAX_TWINS and all(record.twin for record in newest)
+def is_exhausted(events: Sequence[Event]) -> bool:
+    """Whether the newest proposals were all the same as earlier trials: the space has no more.
+
+    Wishes for more trials, or another space, begin the count anew.
+    """
+    twins = 0
+    for event in reversed(events):
+        if event["event"] in ("sweep", "refined"):
+            return False
+        if event["event"] == "proposed":
+            if not event.get("twin"):
+                return False
+            twins += 1
+            if twins == MAX_TWINS:
+                return True
+    return False
 
 
-def trials_to_go(records: Iterable[TrialRecord], wanted: int) -> int:
+def trials_to_go(records: Iterable[TrialRecord], wanted: int, *, exhausted: bool) -> int:
     """Return how many trials are to run yet: unfinished ones, and ones not proposed yet.
 
     Duplicates are not run, and count as none.
@@ -152,10 +163,11 @@ def trials_to_go(records: Iterable[TrialRecord], wanted: int) -> int:
     Args:
         records: all trials of the run, in the order in which they were proposed.
         wanted: trials that the run shall have.
+        exhausted: whether the space has no more.
     """
     records = list(records)
     unfinished = sum(record.state == "unfinished" for record in records)
-    if is_exhausted(records):
+    if exhausted:
         return unfinished
     return unfinished + max(wanted - sum(not record.twin for record in records), 0)
 

@@ -8,23 +8,21 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import psutil
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from tuneapp.errors import RayDied
 from tuneapp.failures import Failure
 from tuneapp.keeping import Keeper
 from tuneapp.ledger import Event
+from tuneapp.ray_session import OwnRay
 from tuneapp.room import free_bytes, say_bytes
 from tuneapp.study import Study
 from tuneapp.trainable import MESSAGE, SCORE
-from tuneapp.watchdog import Watchdog, first_dead, kernel_memory_kills, why_it_died
+from tuneapp.watchdog import Watchdog, kernel_memory_kills, why_it_died
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +52,7 @@ class Driver:
         self.study = study
         self.run_dir = run_dir
         self.watchdog = Watchdog()
-        self.ray_processes: Mapping[str, psutil.Process] = {}
+        self.ray: OwnRay | None = None
         self.is_stopping = False
         self._min_free = min_free
         self._keeper = keeper
@@ -68,7 +66,7 @@ class Driver:
             self._is_paused = not self._is_paused
             has = f"{say_bytes(free)} free for {self.run_dir}"
             if self._is_paused:
-                self.trial_ended()  # what could not be removed before may be free to go now
+                self.tidy()  # what could not be removed before may be free to go now
                 log.warning("disk      %s: waiting for %s", has, say_bytes(self._min_free))
             else:
                 log.warning("disk      %s: going on", has)
@@ -78,8 +76,17 @@ class Driver:
         """Let no further trial begin."""
         self.is_stopping = True
 
-    def trial_ended(self) -> None:
-        """Take that a trial runs no longer: its checkpoints may not be needed any more."""
+    def no_longer_runs(self, ray_id: str) -> None:
+        """Take that a trial runs no longer: its checkpoints may not be needed any more.
+
+        Args:
+            ray_id: Ray's own; each attempt at a trial has another one.
+        """
+        self.watchdog.ended(ray_id)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove checkpoints that are not needed any more."""
         if self._keeper is not None:
             self._keeper.tidy(self.study.records)
 
@@ -123,7 +130,8 @@ class Proposer(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Do nothing: the stopper hears of every end, and of every result before it."""
+        """Take that a trial runs no longer, however it ended: the stopper has heard how."""
+        self._driver.no_longer_runs(trial_id)
 
     def save(self, checkpoint_path: str) -> None:
         """Save nothing: the ledger has it all."""
@@ -169,7 +177,7 @@ class Stopper(AsyncHyperBandScheduler):
         self._driver = driver
         self._step = step
         self._told_failures: set[str] = set()
-        """Trials that have told why they fail, and are about to raise."""
+        """Ray's ids of trials that have told why they fail, and are about to raise or return."""
 
     def replay(self, events: list[Event]) -> None:
         """Judge the epochs of a ledger again, in their order."""
@@ -186,31 +194,35 @@ class Stopper(AsyncHyperBandScheduler):
         study, trial_id = self._driver.study, trial.config["trial_id"]
         message = json.loads(result[MESSAGE])
         if "began" in message:
-            self._driver.watchdog.began(trial_id, message["began"])
+            self._driver.watchdog.began(trial.trial_id, message["began"], trial_id)
         elif "failed" in message:
             failure = Failure(**message["failed"])
             study.fail(trial_id, failure)
             if failure.state == "failed":
-                self._told_failures.add(trial_id)
+                self._told_failures.add(trial.trial_id)
         else:
-            self._driver.watchdog.heard(trial_id)
+            self._driver.watchdog.heard(trial.trial_id)
             row = message["row"]
             if study.record_epoch(trial_id, row, message["warnings"]):
                 return self._judge(trial_id, row["epoch"])
         return str(TrialScheduler.CONTINUE)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Take that the trial's function has returned, or was stopped."""
-        self._driver.watchdog.ended(trial.config["trial_id"])
-        self._driver.study.complete(trial.config["trial_id"])
-        self._driver.trial_ended()
+        """Take that the trial's function has returned."""
+        study, trial_id = self._driver.study, trial.config["trial_id"]
+        if trial.trial_id in self._told_failures:
+            self._told_failures.remove(trial.trial_id)
+            return
+        study.complete(trial_id)
+        if study.records[trial_id].state == "unfinished":
+            study.fail(trial_id, Failure("bug", "it returned before its last epoch"))
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """Take that the trial raised (which it has told already), or that its process died."""
         trial_id = trial.config["trial_id"]
-        stalled = self._driver.watchdog.ended(trial_id)
-        if trial_id in self._told_failures:
-            self._told_failures.remove(trial_id)
+        stalled = self._driver.watchdog.ended(trial.trial_id)
+        if trial.trial_id in self._told_failures:
+            self._told_failures.remove(trial.trial_id)
             return
         memory_kills = self._driver.new_memory_kills()
         self._driver.study.fail(
@@ -273,9 +285,10 @@ class Until(tune.Stopper):
             RayDied: one of Ray's own processes has ended.
         """
         driver = self._driver
-        dead = first_dead(driver.ray_processes)
-        if dead is not None:  # without it, trials would wait for ever
-            raise RayDied(f"Ray's {dead} process ended")
+        if driver.ray is not None:
+            driver.ray.require_alive(
+                f"nothing is lost: go on with `python -m tuneapp resume {driver.run_dir}`"
+            )
         driver.watchdog.look(excused=not driver.has_room())
         is_over = self.is_late or driver.study.common_failure is not None
         if is_over:

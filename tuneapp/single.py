@@ -4,6 +4,7 @@ It leaves a run directory like a sweep's, with one trial in it, so that everythi
 reads this one, and `resume` goes on with it.
 """
 
+import errno
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,15 @@ import torch
 
 from tuneapp.checkpoint import Row
 from tuneapp.config import RunSettings
+from tuneapp.data.batches import WorkerLost
 from tuneapp.data.making import Watch
+from tuneapp.errors import StorageError
 from tuneapp.failures import classify
 from tuneapp.folds import run_whole
 from tuneapp.ledger import Event, Ledger
 from tuneapp.prepare import assemble, check_again, lay_out, prepare, read_run_space
 from tuneapp.records import Origin
+from tuneapp.room import is_full
 from tuneapp.rundir import RunDir, RunRecord, create_run, log_to, open_run
 from tuneapp.space import SearchSpace
 from tuneapp.study import Study
@@ -131,7 +135,10 @@ def _train(run: RunDir, record: RunRecord, study: Study) -> None:
             has_gpu = record.gpus_per_trial > 0 and torch.cuda.is_available()
             config, trial_run = assemble(run, record, trial_id, proposal.params, has_gpu=has_gpu)
             run_whole(config, trial_run, report)
+        except (StorageError, WorkerLost):  # it can pass: the trial stays unfinished
+            raise
         except Exception as error:
+            _require_storage(error, run)
             failure = classify(error, folder)
             if failure.can_pass:  # nobody tries it again here: it stays unfinished, for `resume`
                 raise
@@ -139,3 +146,19 @@ def _train(run: RunDir, record: RunRecord, study: Study) -> None:
             if failure.state == "failed":
                 raise
     study.complete(trial_id)
+
+
+def _require_storage(error: Exception, run: RunDir) -> None:
+    """Tell what is wrong with the disk of a run, where that is why a trial could not go on.
+
+    Raises:
+        StorageError: it is; the trial stays unfinished, for `resume`.
+    """
+    if not isinstance(error, OSError) or is_full(error, run.path):
+        return
+    file = str(error.filename or run.path)
+    is_own = Path(file).absolute().is_relative_to(run.path.absolute())
+    if is_own and (error.filename is not None or error.errno in (errno.EIO, errno.EROFS)):
+        raise StorageError(
+            f"{file} cannot be written: {error.strerror or error}; mend that, then `resume`"
+        ) from None

@@ -91,7 +91,8 @@ class Study:
         self._study = optuna.create_study(direction=_direction(settings))
         self._live: dict[str, optuna.Trial] = {}
         self._unfinished: deque[Proposal] = deque()
-        self._ended_here: list[str] = []
+        self._bugs: list[str] = []
+        self._has_other_ends = False
         self._wanted = trials_wanted(ledger.events)
         self.records = read_records(ledger.events)
         self._by_hash: dict[str, str] = {}
@@ -99,7 +100,8 @@ class Study:
         for record in self.records.values():
             self._take_up(record)
         for record in self.records.values():
-            self._settle_twins(record)
+            if record.twin and record.state == "unfinished":
+                self._settle_twins(self.records[record.twin])
         if mirror is not None:
             mirror.open(self.frozen_trials(), _direction(settings))
 
@@ -111,7 +113,8 @@ class Study:
     @property
     def remaining(self) -> int:
         """Trials that are still to run: unfinished ones, and ones not proposed yet."""
-        return trials_to_go(self.records.values(), self.wanted)
+        exhausted = is_exhausted(self._ledger.events)
+        return trials_to_go(self.records.values(), self.wanted, exhausted=exhausted)
 
     @property
     def common_failure(self) -> str | None:
@@ -119,12 +122,10 @@ class Study:
 
         Causes are one when their kind and their place in the code are: messages name trials.
         """
-        ended = [self.records[trial_id] for trial_id in self._ended_here]
-        # Running out of memory is of each configuration's own making: the search learns from it.
-        bugs = [r.state == "failed" and r.kind != "out of memory" for r in ended]
-        all_failed = len(ended) >= SAME_BUG_LIMIT and all(bugs)
-        places = {(r.cause.partition(":")[0], r.cause.rpartition("(")[2]) for r in ended}
-        return ended[0].cause if all_failed and len(places) == 1 else None
+        if self._has_other_ends or len(self._bugs) < SAME_BUG_LIMIT:
+            return None
+        places = {(cause.partition(":")[0], cause.rpartition("(")[2]) for cause in self._bugs}
+        return self._bugs[0] if len(places) == 1 else None
 
     def want(self, trials: int) -> None:
         """Write down how many trials the run shall have in all."""
@@ -178,7 +179,11 @@ class Study:
             return
         told = self._value_to_tell(record, state)
         self._write("ended", trial=trial_id, state=state, cause=cause, kind=kind, told=told)
-        self._ended_here.append(trial_id)
+        if not record.is_history:
+            # Running out of memory is of each configuration's own making: the search learns of it.
+            is_bug = state == "failed" and kind != "out of memory"
+            self._bugs += [cause] if is_bug else []
+            self._has_other_ends |= not is_bug
         self._tell(record)
         self._settle_twins(record)
 
@@ -213,7 +218,7 @@ class Study:
 
     def _may_propose_new(self) -> bool:
         num_run = sum(not record.twin for record in self.records.values())
-        return num_run < self.wanted and not is_exhausted(self.records.values())
+        return num_run < self.wanted and not is_exhausted(self._ledger.events)
 
     def _propose_new(self) -> Proposal | None:
         trial_id = f"t{len(self.records) + 1:04d}"
@@ -297,7 +302,11 @@ class Study:
         self, first: Sequence[tuple[Mapping[str, Any], Origin]]
     ) -> list[tuple[Mapping[str, Any], Origin]]:
         """Return what is to be tried first, without what earlier spaces of the run have tried."""
-        known = {r.config_hash for r in self.records.values() if r.space < self._space_number}
+        known = {
+            r.config_hash
+            for r in self.records.values()
+            if r.space < self._space_number and (r.state != "failed" or would_repeat(r.kind))
+        }
         if not known:
             return list(first)
         return [
@@ -323,7 +332,7 @@ class Study:
     def _take_up(self, record: TrialRecord) -> None:
         """Put a trial of the ledger into the study as if it had just been told."""
         if record.config_hash and not record.twin:
-            self._by_hash.setdefault(record.config_hash, record.trial_id)
+            self._by_hash[record.config_hash] = record.trial_id
         if record.is_history:
             if record.state == "unfinished":
                 self.end(record.trial_id, "stopped", "it lies outside the space as refined")
@@ -359,7 +368,7 @@ class Study:
         if not record.twin:
             self._unfinished.append(Proposal(record.trial_id, record.params, record.space))
         try:
-            self._space(trial)
+            self._hash_of(self.settings.applied_to(self._space(trial)))
         except (SpaceError, ConfigError) as error:  # killed before its end was written down
             self.end(record.trial_id, "failed", str(error), "refused")
         for row in record.rows:

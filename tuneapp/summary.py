@@ -20,6 +20,7 @@ from tuneapp.records import (
     best_record,
     current_space,
     flat,
+    is_exhausted,
     read_records,
     trials_to_go,
     trials_wanted,
@@ -42,6 +43,7 @@ class Summary:
         test_results: of each time that the test split was opened: which trial, and its scores on
             it (a row for each fold's model); no scores where that was interrupted.
         space: number of the space that trials come from now; 1 unless the run was refined.
+        is_exhausted: whether the space has no trial that was not run.
     """
 
     run: RunDir
@@ -52,6 +54,7 @@ class Summary:
     bad: tuple[tuple[str, str], ...] = ()
     test_results: tuple[tuple[str, list[dict[str, float]]], ...] = ()
     space: int = 1
+    is_exhausted: bool = False
 
     @property
     def best(self) -> tuple[TrialRecord, dict[str, Any]] | None:
@@ -67,7 +70,7 @@ class Summary:
     @property
     def num_open(self) -> int:
         """Trials still to run: unfinished, or not proposed yet."""
-        return trials_to_go(self.trials, self.wanted)
+        return trials_to_go(self.trials, self.wanted, exhausted=self.is_exhausted)
 
     @property
     def ranked(self) -> list[TrialRecord]:
@@ -111,6 +114,7 @@ def read_summary(path: Path) -> Summary:
         bad=tuple((e.path, e.bad) for e in images.examples if e.bad),
         test_results=_test_results(events),
         space=current_space(events),
+        is_exhausted=is_exhausted(events),
     )
 
 

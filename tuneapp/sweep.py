@@ -36,7 +36,6 @@ from tuneapp.records import TrialRecord, current_space, read_records
 from tuneapp.rundir import RunDir, RunRecord, create_run, open_run, write_record
 from tuneapp.space import SearchSpace
 from tuneapp.study import Study
-from tuneapp.watchdog import ray_processes
 
 # After ray_session, which sets what Ray reads when it is imported.
 from ray import tune  # isort: skip
@@ -375,8 +374,7 @@ def _fit(
 ) -> list[int]:
     """Let Ray Tune run the trials; return the signals that ended it early."""
     # The handlers come second: `ray.init` sets its own for SIGTERM.
-    with own_ray(record, dashboard_host) as scratch, noted_signals(driver.stop) as caught:
-        driver.ray_processes = ray_processes()
+    with own_ray(record, dashboard_host) as driver.ray, noted_signals(driver.stop) as caught:
         until = Until(driver, deadline)
         tune.Tuner(
             tune.with_resources(
@@ -391,7 +389,10 @@ def _fit(
                 trial_dirname_creator=lambda trial: str(trial.trial_id),
             ),
             run_config=tune.RunConfig(
-                name="trials", storage_path=str(scratch), stop=until, verbose=0
+                name="trials",
+                storage_path=str(driver.ray.scratch / "results"),
+                stop=until,
+                verbose=0,
             ),
         ).fit()
     return caught

@@ -35,6 +35,7 @@ class _Life:
     """A trial that runs: its process, and when it was last heard of."""
 
     process: psutil.Process | None
+    name: str
     heard: float
     slowest_epoch_s: float = 0.0
 
@@ -48,16 +49,22 @@ class Watchdog:
         self._looked = time.monotonic()
         self._silences: dict[str, float] = {}
 
-    def began(self, trial_id: str, pid: int) -> None:
-        """Take that a trial runs in this process."""
+    def began(self, key: str, pid: int, name: str = "") -> None:
+        """Take that a trial runs in this process.
+
+        Args:
+            key: of this attempt at it.
+            pid: of its process.
+            name: its id, for messages; none is the key.
+        """
         process = None
         with contextlib.suppress(psutil.Error):
             process = psutil.Process(pid)  # with its start, so that the pid alone decides nothing
-        self._lives[trial_id] = _Life(process, time.monotonic())
+        self._lives[key] = _Life(process, name or key, time.monotonic())
 
-    def heard(self, trial_id: str) -> None:
+    def heard(self, key: str) -> None:
         """Take that a trial has reported an epoch."""
-        life = self._lives.get(trial_id)
+        life = self._lives.get(key)
         if life is None:
             return
         now = time.monotonic()
@@ -65,10 +72,10 @@ class Watchdog:
         self._slowest_epoch_s = max(self._slowest_epoch_s, life.slowest_epoch_s)
         life.heard = now
 
-    def ended(self, trial_id: str) -> Failure | None:
+    def ended(self, key: str) -> Failure | None:
         """Take that a trial runs no longer; return why, if it was ended here."""
-        self._lives.pop(trial_id, None)
-        silence = self._silences.pop(trial_id, None)
+        self._lives.pop(key, None)
+        silence = self._silences.pop(key, None)
         if silence is None:
             return None
         return Failure("stalled", f"nothing was heard of it for {silence:.0f} s; it was ended")
@@ -81,13 +88,13 @@ class Watchdog:
         """
         now = time.monotonic()
         gap, self._looked = now - self._looked, now
-        for trial_id, life in self._lives.items():
+        for key, life in self._lives.items():
             if excused or gap > PAUSE_S:  # nobody could be heard
                 life.heard = now
             silence, allowed = now - life.heard, self._allowed_s(life)
             if allowed and silence > allowed and life.process is not None:
-                log.warning("%s: nothing heard for %.0f s: it is ended", trial_id, silence)
-                self._silences[trial_id] = silence
+                log.warning("%s: nothing heard for %.0f s: it is ended", life.name, silence)
+                self._silences[key] = silence
                 life.heard = now
                 with contextlib.suppress(psutil.Error):
                     life.process.kill()
@@ -132,9 +139,11 @@ def end_ray_processes() -> None:
 
 def kernel_memory_kills() -> int:
     """Return how many processes Linux has ended for want of memory since it was started."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        counters = Path("/proc/vmstat").read_text(encoding="ascii").split("\n")
-        return int(next(line for line in counters if line.startswith("oom_kill ")).split()[1])
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/vmstat").read_text(encoding="ascii").split("\n"):
+            name, _, count = line.partition(" ")
+            if name == "oom_kill":
+                return int(count)
     return 0
 
 

@@ -14,7 +14,7 @@ from tuneapp.data.pixels import Preprocessing
 from tuneapp.data.sampling import Draw, batch_seed
 from tuneapp.data.store import Store
 from tuneapp.data.views import Key, KeyedViews, View
-from tuneapp.errors import DataError
+from tuneapp.errors import DataError, TrialError
 
 Batch = tuple[Tensor, Tensor]
 
@@ -23,6 +23,10 @@ PREFETCH = 4
 WORKER_TIMEOUT_S = 120.0
 """After so long without a batch, a worker is taken for hung; later where batches are large."""
 SLOW_IMAGE_S = 5.0
+
+
+class WorkerLost(TrialError):  # noqa: N818 - it is what happened
+    """A process that makes batches has died, or hangs."""
 
 
 class Sampler(Protocol):
@@ -137,6 +141,14 @@ class Batches:
         except DataError as error:
             _, _, line = str(error).rpartition(f"{DataError.__module__}.{DataError.__name__}: ")
             raise DataError(line.strip()) from None
+        except RuntimeError as error:  # torch has none of its own for these
+            if "DataLoader worker" in str(error):
+                how = "ended unexpectedly; the kernel's log says whether memory ran out"
+            elif "DataLoader timed out" in str(error):
+                how = "hangs: no batch has come for so long as it may take"
+            else:
+                raise
+            raise WorkerLost(f"a process that makes batches {how} ({error})") from None
 
     def _on_device(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Normalise batches on the device; on a GPU, one ahead, beside the work of the last one."""
