@@ -963,7 +963,7 @@ def test_a_damaged_last_checkpoint_that_is_the_best_falls_back_to_the_epoch_befo
     state = fresh(seed=99)
     assert state.load(tmp_path / "damaged")
     assert state.epoch == 3
-    (warning,) = caplog.messages
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert re.search(r"epoch-0004\.pt is damaged .* to go on after epoch 3$", warning)
     for epoch in (4, 5):
         train(state, is_best=epoch == 4)

@@ -32,7 +32,7 @@ SWEEPS = 12
 
 
 @pytest.mark.timeout(300)
-def test_a_driver_killed_at_any_moment_loses_and_doubles_nothing(tmp_path: Path) -> None:
+def test_fault_36_a_driver_killed_at_any_moment_loses_and_doubles_nothing(tmp_path: Path) -> None:
     found = Figures()
     states: set[str] = set()
     for seed in range(SWEEPS):
@@ -110,7 +110,7 @@ def test_a_crash_at_each_call_that_writes_leaves_the_old_or_the_new_state(
 
 @pytest.mark.ray
 @pytest.mark.timeout(900)
-def test_a_real_sweep_whose_driver_is_killed_comes_to_what_it_would_have(
+def test_fault_37_a_real_sweep_killed_and_at_once_resumed_comes_to_what_it_would_have(
     tmp_path: Path, photos: Path
 ) -> None:
     sweep = RealSweep(tmp_path, data=str(photos))

@@ -209,7 +209,7 @@ FAULTY = (
     {"freeze_depth": 5, "optimizer": "adamw", "adamw.lr": 1e-2, "fault": "none"},
     {"freeze_depth": 5, "optimizer": "sgd", "sgd.lr": 1e-2, "fault": "diverges"},
     {"freeze_depth": 5, "optimizer": "sgd", "sgd.lr": 1e-2, "fault": "raises"},
-    {"freeze_depth": 5, "optimizer": "sgd", "sgd.lr": 1e-2, "fault": "dies"},
+    {"freeze_depth": 5, "optimizer": "sgd", "sgd.lr": 2e-2, "fault": "dies"},
 ]
 _ = [""",
     )
@@ -298,6 +298,14 @@ def test_the_same_failure_in_the_first_three_trials_ends_the_sweep(
     assert len(ends_of(read_ledger(broken.run))) < 6
 
 
+def test_fault_60_sweeps_side_by_side_have_ports_and_folders_of_their_own(
+    side_by_side: dict[str, Ended],
+) -> None:
+    assert len({sweep.run for sweep in side_by_side.values()}) == 3
+    assert not any("Traceback" in sweep.err for sweep in side_by_side.values())
+    assert [sweep.code for sweep in side_by_side.values()][:2] == [3, 4]  # as they would be alone
+
+
 def test_a_time_budget_ends_the_sweep_and_leaves_the_rest_to_resume(
     side_by_side: dict[str, Ended],
 ) -> None:
@@ -316,7 +324,7 @@ def test_what_the_machine_cannot_give_is_refused(monkeypatch: pytest.MonkeyPatch
     assert share_machine(settings, 16, None) == (4, 1, 0.0)
     assert share_machine(settings, 16, 2) == (2, 2, 0.0)
     assert share_machine(settings, 16, 3) == (3, 1, 0.0)
-    with pytest.raises(ConfigError, match=r"--concurrent 5: .* 4 CPU cores; use 1 to 4"):
+    with pytest.raises(ConfigError, match=r"--concurrent 5: .* 4 CPU cores.*; use 1 to 4"):
         share_machine(settings, 16, 5)
     with pytest.raises(ConfigError, match="--concurrent 0"):
         share_machine(settings, 16, 0)

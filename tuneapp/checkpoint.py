@@ -136,7 +136,7 @@ class TrainState:
         folder.mkdir(parents=True, exist_ok=True)
         before = _read_manifest(folder) or {}
         parts = self._write_parts(folder, frozen_folder or folder)
-        name = f"epoch-{self.epoch:04d}.pt"
+        name = _epoch_file(self.epoch)
         content = self._content(parts)
 
         def write(aside: Path) -> None:
@@ -365,6 +365,10 @@ def _write_part(tensors: State, folder: Path) -> str:
     return sha256
 
 
+def _epoch_file(epoch: int) -> str:
+    return f"epoch-{epoch:04d}.pt"
+
+
 def _part_file(folder: Path, sha256: str) -> Path:
     return folder / f"{sha256[:_DIGITS]}.pt"
 
@@ -387,10 +391,10 @@ def _read_manifest(folder: Path) -> dict[str, _Entry] | None:
         plain = json.loads(file.read_text(encoding="utf-8"))
         if plain == _NOT_KEPT:
             return {}
-        entries = {kind: _entry(plain[kind]) for kind in _KINDS if kind in plain}
-        if entries:
+        entries = {kind: _entry(entry) for kind, entry in plain.items()}
+        if entries and entries.keys() <= set(_KINDS):
             return entries
-        cause = "it names no checkpoint"
+        cause = "it names no checkpoint, or an unknown one"
     except FileNotFoundError:
         return None
     except OSError as error:  # it may be all right: what it names must not be written over
@@ -403,7 +407,13 @@ def _read_manifest(folder: Path) -> dict[str, _Entry] | None:
 
 def _entry(plain: Mapping[str, Any]) -> _Entry:
     parts = dict(plain.get("parts", {}))  # before there were any, the file was all of it
-    return _Entry(str(plain["file"]), int(plain["epoch"]), str(plain["sha256"]), parts)
+    entry = _Entry(str(plain["file"]), int(plain["epoch"]), str(plain["sha256"]), parts)
+    # A manifest has no hash of its own; but names follow from what they name.
+    names = [(entry.file, _epoch_file(entry.epoch))]
+    names += [(Path(part).name, _part_file(Path(), sha256).name) for part, sha256 in parts.items()]
+    if any(a != b for a, b in names) or not plain.keys() <= _Entry.__annotations__.keys():
+        raise ValueError(f"it has {dict(plain)}")
+    return entry
 
 
 def _write_manifest(folder: Path, entries: Mapping[str, _Entry]) -> None:

@@ -279,6 +279,7 @@ def _failure_lines(trials: Sequence[TrialRecord]) -> list[str]:
         f"{t.trial_id} {t.state}: {t.kind + ': ' if t.kind not in ('', t.state) else ''}{t.cause}"
         for t in failed
     ]
+    lines += [f"{t.trial_id} warned: {text}" for t in trials for text in t.warnings]
     kinds = dict.fromkeys(trial.kind for trial in failed if trial.kind)
     return lines + [f"          {kind} ({at_fault(kind)}): {hint(kind)}" for kind in kinds]
 

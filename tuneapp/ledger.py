@@ -32,7 +32,7 @@ def read_events(path: Path) -> list[Event]:
 
     Raises:
         RunError: there is no such file.
-        StorageError: a line before the last is damaged.
+        StorageError: a line before the last is damaged, or the file cannot be read.
     """
     return _parse(_read(path), path)[0]
 
@@ -59,18 +59,17 @@ class Ledger(Events):
         Raises:
             StorageError: it is damaged, or cannot be written.
         """
+        self._path = path
         try:
             path.touch()
+            content = _read(path)
+            self.events, self._size = _parse(content, path)
+            if self._size < len(content):
+                log.warning("%s: cut off %d bytes of a torn line", path, len(content) - self._size)
+                os.truncate(path, self._size)
+            self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
         except OSError as error:
             raise StorageError(f"{path} cannot be written: {error.strerror}") from None
-        self._path = path
-        content = _read(path)
-        self.events, good_bytes = _parse(content, path)
-        if good_bytes < len(content):
-            log.warning("%s: cut off %d bytes of a torn line", path, len(content) - good_bytes)
-            os.truncate(path, good_bytes)
-        self._size = good_bytes
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
 
     def append(self, event: str, **fields: Any) -> Event:
         """Write one event and return it as written, with its sequence number.
@@ -100,6 +99,8 @@ class Ledger(Events):
             if os.write(self._file, data) != len(data):
                 raise OSError(errno.ENOSPC, "the disk took only a part of a line")
             os.fsync(self._file)
+            if os.fstat(self._file).st_nlink == 0:
+                raise OSError(errno.ENOENT, "it was removed")
         except OSError:
             os.ftruncate(self._file, self._size)  # or else the next line would follow half a one
             raise
@@ -125,6 +126,8 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except FileNotFoundError:
         raise RunError(f"{path.parent} is not a run directory: it has no {path.name}") from None
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _parse(content: bytes, path: Path) -> tuple[list[Event], int]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
@@ -69,7 +69,8 @@ class StudyMirror:
         self._storage = storage
 
     def _open(self, direction: StudyDirection) -> tuple[BaseStorage, list[FrozenTrial]]:
-        storage = JournalStorage(JournalFileBackend(str(self._file)))
+        lock = _Lock(str(self._file))
+        storage = JournalStorage(JournalFileBackend(str(self._file), lock))
         try:
             self._study_id = storage.get_study_id_from_name(self._name)
         except KeyError:
@@ -92,6 +93,16 @@ class StudyMirror:
                 storage.set_trial_system_attr(trial_id, key, attribute)
         if trial.state.is_finished():
             storage.set_trial_state_values(trial_id, trial.state, trial.values)
+
+
+class _Lock(JournalFileSymlinkLock):
+    """Optuna's, which waits for ever where somebody held it and the journal was removed."""
+
+    def acquire(self) -> bool:
+        lock = Path(self._lock_file)
+        if lock.is_symlink() and not lock.exists():
+            lock.unlink(missing_ok=True)
+        return super().acquire()
 
 
 def _may_become(old: FrozenTrial, new: FrozenTrial) -> bool:

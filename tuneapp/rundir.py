@@ -16,6 +16,7 @@
 Files are written aside and renamed, so a reader never sees half of one.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -316,14 +317,24 @@ class log_to:  # noqa: N801 - used as a `with` statement only
     """Write the log of `tuneapp` to a file, too."""
 
     def __init__(self, file: Path) -> None:
-        self._handler = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace")
+        self._handler = _LogFile(file, encoding="utf-8", errors="backslashreplace")
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self._log = logging.getLogger("tuneapp")
 
     def __enter__(self) -> None:
         self._log.addHandler(self._handler)
+        self._level = self._log.level
         self._log.setLevel(logging.INFO)
 
     def __exit__(self, *exit_reason: object) -> None:
         self._log.removeHandler(self._handler)
-        self._handler.close()
+        self._log.setLevel(self._level)
+        with contextlib.suppress(OSError):  # it writes what it still holds
+            self._handler.close()
+
+
+class _LogFile(logging.FileHandler):
+    """A log that the disk may not take: that a training waits for room is told elsewhere, too."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - its name is logging's
+        """Do not print a traceback; lines that were not written come with the next ones."""

@@ -14,7 +14,6 @@ import torch
 
 from tuneapp.checkpoint import Row
 from tuneapp.config import RunSettings
-from tuneapp.data.batches import WorkerLost
 from tuneapp.data.making import Watch
 from tuneapp.errors import StorageError
 from tuneapp.failures import classify
@@ -135,7 +134,7 @@ def _train(run: RunDir, record: RunRecord, study: Study) -> None:
             has_gpu = record.gpus_per_trial > 0 and torch.cuda.is_available()
             config, trial_run = assemble(run, record, trial_id, proposal.params, has_gpu=has_gpu)
             run_whole(config, trial_run, report)
-        except (StorageError, WorkerLost):  # it can pass: the trial stays unfinished
+        except StorageError:  # of the ledger: the trial stays unfinished, for `resume`
             raise
         except Exception as error:
             _require_storage(error, run)

@@ -4,6 +4,7 @@ Reads the ledger alone, so any run will do: finished, interrupted, or still runn
 always the best epoch of the run's metric.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from tuneapp.data.split import read_split
+from tuneapp.errors import StorageError
 from tuneapp.ledger import Event, read_events
 from tuneapp.prepare import read_run_space
 from tuneapp.records import (
@@ -25,8 +27,11 @@ from tuneapp.records import (
     trials_to_go,
     trials_wanted,
 )
+from tuneapp.room import write_patiently
 from tuneapp.rundir import RunDir, RunRecord, cell, open_run, write_atomically
 from tuneapp.study import parameter_importances
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -145,14 +150,24 @@ def epochs_frame(path: Path) -> pd.DataFrame:
 
 
 def write_trials_table(path: Path) -> Path:
-    """Write `trials.csv` into the run directory, and return where."""
+    """Write `trials.csv` into the run directory, and return where; a full disk is waited for.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
     summary = read_summary(path)
     frame = _trials_frame(summary)
     # Line ends as of the csv module: with others, pandas does not quote a text with these in it.
-    write_atomically(
-        summary.run.trials_table, lambda aside: frame.to_csv(aside, lineterminator="\r\n")
-    )
-    return summary.run.trials_table
+    table = summary.run.trials_table
+
+    def write() -> None:
+        write_atomically(table, lambda aside: frame.to_csv(aside, lineterminator="\r\n"))
+
+    try:
+        write_patiently(path, 0, write, log.warning)
+    except OSError as error:
+        raise StorageError(f"{table} cannot be written: {error.strerror or error}") from None
+    return table
 
 
 def importances(path: Path) -> pd.Series:

@@ -17,12 +17,16 @@ import torch
 from tests.conftest import read_ledger
 from tests.faults.refusal import after_epochs, files_below, numbers, write_space
 from tests.killing import DIED, Plan, die_at, end_of, events_of, forked, plan
-from tests.test_batches import workers_of
+from tests.test_batches import SMALL as PREPROCESSING
+from tests.test_batches import batches_of, workers_of
 from tests.test_checkpoint import everything, fresh, train, trained
 from tests.test_trial import table
 from tuneapp.cli import main
+from tuneapp.config import Data
 from tuneapp.data import batches as batches_module
-from tuneapp.data.batches import Batches
+from tuneapp.data.batches import Batches, WorkerLost
+from tuneapp.data.source import read_images
+from tuneapp.data.store import open_store
 from tuneapp.failures import classify
 from tuneapp.ledger import Events, Ledger
 from tuneapp.rundir import RunDir
@@ -66,10 +70,11 @@ def after_first_epoch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any
     def arrange(do: Callable[[psutil.Process], object]) -> None:
         def strike(row: Any) -> None:
             if row["epoch"] == 1 and not struck:
-                loader = made[0]._loader
+                training = next(batches for batches in made if batches.workers)
+                loader = training._loader
                 assert loader.timeout >= batches_module.WORKER_TIMEOUT_S == 120
                 loader._iterator._timeout = 3.0  # type: ignore[union-attr]
-                struck.extend(workers_of(made[0]))
+                struck.extend(workers_of(training))
                 for worker in struck:
                     do(worker)
 
@@ -84,7 +89,10 @@ def after_first_epoch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any
 
 @pytest.mark.parametrize(
     ("strike", "told"),
-    [(psutil.Process.kill, "ended unexpectedly"), (psutil.Process.suspend, "timed out after 3.0 seconds")],
+    [
+        (psutil.Process.kill, "ended unexpectedly"),
+        (psutil.Process.suspend, "timed out after 3.0 seconds"),
+    ],
     ids=["killed", "hung"],
 )
 def test_fault_39_a_worker_that_dies_or_hangs_is_told_in_a_line_and_resume_goes_on(
@@ -103,7 +111,7 @@ def test_fault_39_a_worker_that_dies_or_hangs_is_told_in_a_line_and_resume_goes_
         patch.undo()
     error = capsys.readouterr().err.strip().splitlines()[-1]
     # Documented: it is noticed when no batch has come for so long, and nobody else makes them.
-    assert error.startswith("tuneapp: error: a process that makes batches"), error
+    assert error.startswith("tuneapp: error: a DataLoader worker"), error
     assert told in error
     assert (len(rows_of("x")), ends_of("x")) == (1, [])
     assert main(["resume", "runs/x"]) == 0
@@ -111,11 +119,21 @@ def test_fault_39_a_worker_that_dies_or_hangs_is_told_in_a_line_and_resume_goes_
     assert ends_of("x") == ["finished"]
 
 
-@pytest.mark.xfail(strict=True, reason="failures.py takes it for a bug: a sweep tries it not again")
-def test_fault_39_under_a_sweep_such_a_trial_is_tried_again(tmp_path: Path) -> None:
-    error = batches_module.WorkerLost("a process that makes batches ended unexpectedly")
-    failure = classify(error, tmp_path)
+@pytest.mark.parametrize("torchs", ["DataLoader worker (pid 7) is killed", "DataLoader timed out"])
+def test_fault_39_under_a_sweep_such_a_trial_is_tried_again(
+    torchs: str, photos: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*words: Any) -> Iterator[Any]:
+        raise RuntimeError(torchs)
+
+    images = read_images(Data(source=str(photos)), seed=0)
+    batches = batches_of(open_store(images, PREPROCESSING))
+    monkeypatch.setattr(type(batches._loader), "__iter__", fail)
+    with pytest.raises(WorkerLost) as caught:
+        list(batches.epoch(1))
+    failure = classify(caught.value, tmp_path)
     assert (failure.kind, failure.can_pass) == ("process died", True)
+    assert torchs in failure.cause
 
 
 # --- 42, 43: at the end ---------------------------------------------------------------------------
@@ -209,7 +227,9 @@ def test_fault_44_a_crash_at_each_call_of_a_commit_leaves_the_old_or_the_new_sta
 # --- 45, 46: the search ---------------------------------------------------------------------------
 
 
-def played(sweep: Plan, ledger: Events | None = None, more: int | None = None, **options: Any) -> Played:
+def played(
+    sweep: Plan, ledger: Events | None = None, more: int | None = None, **options: Any
+) -> Played:
     return play(
         sweep.space,
         sweep.settings,
@@ -247,12 +267,10 @@ def test_fault_45_rungs_are_rebuilt_and_the_same_trials_are_stopped() -> None:
         for event in ledger.events:
             if event["event"] == "epoch":
                 curves.setdefault(event["trial"], []).append(event["row"]["val/accuracy"])
-        # Each trial's best up to the rung, of those that came so far.
-        by_hand = {
-            rung: {t: max(shown[:rung]) for t, shown in curves.items() if len(shown) >= rung}
-            for rung in (3, 9)
-        }
-        assert {int(rung): kept for rung, kept in stopper._brackets[0]._rungs} == by_hand
+        # Each trial's best up to the rung, of those that came so far; at the end none is judged.
+        by_hand = {t: max(shown[:3]) for t, shown in curves.items() if len(shown) >= 3}
+        rungs = {int(rung): kept for rung, kept in stopper._brackets[0]._rungs}
+        assert rungs == {3: by_hand, 9: {}}
         again = played(sweep, ledger)
         assert again.ledger.events == whole.ledger.events, f"interrupted after event {count}"
         assert {r.trial_id for r in again.records.values() if r.state == "stopped"} == stopped

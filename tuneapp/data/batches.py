@@ -25,8 +25,8 @@ WORKER_TIMEOUT_S = 120.0
 SLOW_IMAGE_S = 5.0
 
 
-class WorkerLost(TrialError):  # noqa: N818 - it is what happened
-    """A process that makes batches has died, or hangs."""
+class WorkerLost(TrialError, RuntimeError):  # noqa: N818 - it is what happened
+    """A process that makes batches has died, or hangs; the same trial may well succeed."""
 
 
 class Sampler(Protocol):
@@ -141,14 +141,15 @@ class Batches:
         except DataError as error:
             _, _, line = str(error).rpartition(f"{DataError.__module__}.{DataError.__name__}: ")
             raise DataError(line.strip()) from None
-        except RuntimeError as error:  # torch has none of its own for these
+        except RuntimeError as error:  # torch has no error of its own for these
             if "DataLoader worker" in str(error):
                 how = "ended unexpectedly; the kernel's log says whether memory ran out"
             elif "DataLoader timed out" in str(error):
-                how = "hangs: no batch has come for so long as it may take"
+                how = "hangs"
             else:
                 raise
-            raise WorkerLost(f"a process that makes batches {how} ({error})") from None
+            # `failures.py` knows it by these words.
+            raise WorkerLost(f"a DataLoader worker, which makes batches, {how} ({error})") from None
 
     def _on_device(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Normalise batches on the device; on a GPU, one ahead, beside the work of the last one."""
