@@ -109,6 +109,7 @@ def test_a_crash_at_each_call_that_writes_leaves_the_old_or_the_new_state(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_fault_37_a_real_sweep_killed_and_at_once_resumed_comes_to_what_it_would_have(
     tmp_path: Path, photos: Path

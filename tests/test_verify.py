@@ -577,7 +577,7 @@ def test_a_clean_space_comes_to_the_same_numbers(
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("loss", ["drawing", pytest.param("Counting", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("loss", [pytest.param("drawing", marks=pytest.mark.slow), "Counting"])
 def test_a_loss_with_state_that_no_checkpoint_holds_is_found(
     loss: str,
     net: Callable[[str], list[str]],
