@@ -310,7 +310,7 @@ def test_a_taken_name_and_a_run_in_use_are_refused(
     )
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
-    assert main(["resume", str(run)]) == 2
+    assert main(["resume", str(run)]) == 75
     assert "is in use" in capsys.readouterr().err
     holder.kill()
     holder.communicate()

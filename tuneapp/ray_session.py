@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -44,6 +45,8 @@ START_ATTEMPTS = 3
 OBJECT_STORE_BYTES = 128 * 2**20
 """Ray's shared memory: nothing large goes through it."""
 
+GCS = "gcs_server"
+LOOK_EVERY_S = 0.5
 _SCRATCH = "tuneapp-ray-"
 _TOKEN = Path("~/.ray/auth_token").expanduser()
 
@@ -74,40 +77,50 @@ class OwnRay:
     scratch: Path
     processes: Mapping[str, psutil.Process]
 
-    def require_alive(self, way_out: str) -> None:
+    def require_alive(self) -> None:
         """Check that trials can run; to be asked several times a second.
 
-        Without its raylet, Ray can be ended, and started anew. Without its GCS it cannot even be
-        ended: each word to it waits for 60 s, and then ends this process (ray 2.60). So it ends
-        at once.
-
-        Args:
-            way_out: told to the user where this process ends.
-
         Raises:
-            RayDied: it can be started anew.
+            RayDied: they cannot; Ray can be ended, and started anew.
         """
         dead = first_dead(self.processes)
-        if dead is None:
-            return
-        if dead != "gcs_server":
+        if dead is not None:
             raise RayDied(f"Ray's {dead} process ended")
+
+    def leave_without_gcs(self, is_ending: threading.Event, way_out: str) -> None:
+        """End this process as soon as Ray's GCS has ended.
+
+        Without it Ray cannot even be ended: each word to it waits for 60 s, and then ends this
+        process (ray 2.60). The main thread may be in the middle of such a word: so this is for a
+        thread of its own.
+
+        Args:
+            is_ending: set when Ray is being ended, as it should be.
+            way_out: told to the user.
+        """
+        gcs = {name: p for name, p in self.processes.items() if name == GCS}
+        while first_dead(gcs) is None:
+            if is_ending.wait(LOOK_EVERY_S):
+                return
+        if is_ending.is_set():
+            return
         end_ray_processes()
         shutil.rmtree(self.scratch, ignore_errors=True)
-        log.error("tuneapp: error: Ray's %s process ended; %s", dead, way_out)
+        log.error("tuneapp: error: Ray's %s process ended; %s", GCS, way_out)
         if sys.stdout.isatty():
             sys.stdout.write("\x1b[?25h")  # the live table has hidden the cursor
-            sys.stdout.flush()
+        sys.stdout.flush()
         os._exit(RayDied.exit_code)
 
 
 @contextlib.contextmanager
-def own_ray(record: RunRecord, dashboard_host: str | None) -> Iterator[OwnRay]:
+def own_ray(record: RunRecord, dashboard_host: str | None, way_out: str) -> Iterator[OwnRay]:
     """Start a Ray of our own, and leave nothing of it.
 
     Args:
         record: says how many trials run at once, and on what.
         dashboard_host: address for Ray's dashboard; None starts none.
+        way_out: told to the user where this process cannot go on.
     """
     require_token()
     for name in ("ray", "ray.tune"):
@@ -116,6 +129,7 @@ def own_ray(record: RunRecord, dashboard_host: str | None) -> Iterator[OwnRay]:
     scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH))
     lock = FileLock(scratch / ".lock")  # dies with this process, and so says that it lives
     lock.acquire()
+    is_ending = threading.Event()
     try:
         context = _patiently(
             partial(
@@ -138,8 +152,12 @@ def own_ray(record: RunRecord, dashboard_host: str | None) -> Iterator[OwnRay]:
             log.warning("token     it asks for what `ray get-auth-token` prints")
         if dashboard_host not in (None, "127.0.0.1", "localhost", "::1"):
             log.warning("open      the network can reach it: the token is all that guards it")
-        yield OwnRay(scratch, ray_processes())
+        started = OwnRay(scratch, ray_processes())
+        words = (is_ending, way_out)
+        threading.Thread(target=started.leave_without_gcs, args=words, daemon=True).start()
+        yield started
     finally:
+        is_ending.set()
         ray.shutdown()
         end_ray_processes()
         lock.release()

@@ -286,9 +286,7 @@ class Until(tune.Stopper):
         """
         driver = self._driver
         if driver.ray is not None:
-            driver.ray.require_alive(
-                f"nothing is lost: go on with `python -m tuneapp resume {driver.run_dir}`"
-            )
+            driver.ray.require_alive()
         driver.watchdog.look(excused=not driver.has_room())
         is_over = self.is_late or driver.study.common_failure is not None
         if is_over:

@@ -15,8 +15,8 @@ import torch
 from tuneapp.checkpoint import Row
 from tuneapp.config import RunSettings
 from tuneapp.data.making import Watch
-from tuneapp.errors import StorageError
-from tuneapp.failures import classify
+from tuneapp.errors import StorageError, TrialError
+from tuneapp.failures import classify, hint
 from tuneapp.folds import run_whole
 from tuneapp.ledger import Event, Ledger
 from tuneapp.prepare import assemble, check_again, lay_out, prepare, read_run_space
@@ -142,6 +142,8 @@ def _train(run: RunDir, record: RunRecord, study: Study) -> None:
             if failure.can_pass:  # nobody tries it again here: it stays unfinished, for `resume`
                 raise
             study.end(trial_id, failure.state, failure.cause, failure.kind)
+            if failure.kind == "out of memory":  # torch's words run over many lines
+                raise TrialError(f"out of memory: {failure.cause}; {hint(failure.kind)}") from error
             if failure.state == "failed":
                 raise
     study.complete(trial_id)

@@ -374,7 +374,11 @@ def _fit(
 ) -> list[int]:
     """Let Ray Tune run the trials; return the signals that ended it early."""
     # The handlers come second: `ray.init` sets its own for SIGTERM.
-    with own_ray(record, dashboard_host) as driver.ray, noted_signals(driver.stop) as caught:
+    way_out = f"nothing is lost: go on with `python -m tuneapp resume {driver.run_dir}`"
+    with (
+        own_ray(record, dashboard_host, way_out) as driver.ray,
+        noted_signals(driver.stop) as caught,
+    ):
         until = Until(driver, deadline)
         tune.Tuner(
             tune.with_resources(
