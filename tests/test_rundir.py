@@ -179,7 +179,7 @@ def test_a_record_comes_back_as_it_was_written(tmp_path):
     assert plain["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
 
 
-def test_a_record_of_format_1_has_one_space_and_what_is_the_default_now(tmp_path):
+def test_a_record_of_format_1_has_one_space_and_keeps_the_checkpoints_that_it_kept(tmp_path):
     write_record(RunDir(tmp_path), RECORD)
     file = tmp_path / "run.json"
     plain = json.loads(file.read_text(encoding="utf-8"))
@@ -191,7 +191,7 @@ def test_a_record_of_format_1_has_one_space_and_what_is_the_default_now(tmp_path
     assert record == replace(
         RECORD,
         space_paths=("/somewhere/resnet.py",),
-        keep_best=5,
+        keep_best=10**9,
         disk_budget=None,
         min_free=500_000_000,
     )

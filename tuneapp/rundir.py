@@ -37,6 +37,8 @@ from tuneapp.errors import ConfigError, RunError, RunInUse, StorageError
 
 FORMAT = 2
 """Of `run.json` and the ledger. 2: several spaces, a budget for checkpoints. 1 is read, too."""
+KEEP_ALL = 10**9
+"""As `keep_best`: more than a run has trials."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _PACKAGES = ("tuneapp", "torch", "torchvision", "ray", "optuna", "tensorboardX", "pandas", "numpy")
 
@@ -221,7 +223,8 @@ def open_run(path: Path) -> tuple[RunDir, RunRecord]:
         raise StorageError(f"{run.settings_file} is damaged: {error}") from None
     try:
         made_by = plain.pop("versions")
-        if plain.pop("format") > FORMAT:
+        made_in = plain.pop("format")
+        if made_in > FORMAT:
             raise RunError(
                 f"{path} was made by a newer tuneapp ({made_by['tuneapp']}); update this one"
             )
@@ -232,9 +235,9 @@ def open_run(path: Path) -> tuple[RunDir, RunRecord]:
         plain["classes"] = tuple(plain["classes"])
         plain["warnings"] = tuple(plain["warnings"])
         plain["import_from"] = tuple(plain.get("import_from", ()))
-        # Format 1 knew one space.
-        plain["space_paths"] = tuple(plain.get("space_paths") or [plain["space_path"]])
-        plain.pop("space_path", None)
+        if made_in == 1:  # it knew one space, and kept a checkpoint of every trial
+            plain |= {"space_paths": [plain.pop("space_path")], "keep_best": KEEP_ALL}
+        plain["space_paths"] = tuple(plain["space_paths"])
         return run, RunRecord(**plain)
     except (KeyError, TypeError, AttributeError, ConfigError) as error:
         raise StorageError(f"{run.settings_file} is no record of a run: {error}") from None
