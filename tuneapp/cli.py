@@ -6,6 +6,7 @@ Ray failed; 75 the run is in use; 129, 130 and 143 ended by SIGHUP, Ctrl-C and S
 imports what it needs when it runs: `--help` needs neither torch nor Ray.
 """
 
+import errno
 import functools
 import logging
 import os
@@ -19,7 +20,7 @@ import typer
 from rich.markup import escape
 
 from tuneapp.config import Data, RunSettings
-from tuneapp.errors import ConfigError, TuneappError
+from tuneapp.errors import ConfigError, StorageError, TuneappError
 from tuneapp.options import (
     DataOptions,
     LoadingOptions,
@@ -51,6 +52,17 @@ if TYPE_CHECKING:
     from tuneapp.rundir import RunDir, RunRecord
     from tuneapp.space import SearchSpace
     from tuneapp.summary import Summary
+
+OF_THE_MACHINE = (
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EIO,
+    errno.ENOMEM,
+)
+"""What no code of ours can mend, wherever it comes up: `ulimit -n`, a full or a failing disk."""
 
 app = typer.Typer(
     name="tuneapp",
@@ -699,6 +711,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TuneappError as error:
         print_to(err, f"tuneapp: error: {error}", "red")
         return error.exit_code
+    except OSError as error:
+        if error.errno not in OF_THE_MACHINE:
+            raise
+        print_to(err, f"tuneapp: error: the machine does not give it: {error}", "red")
+        return StorageError.exit_code
     return 0
 
 
