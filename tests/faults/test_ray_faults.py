@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -89,6 +90,7 @@ def search_space''',
 # With less patience than users have: a trial that stands still is ended after 20 seconds.
 IMPATIENT = """
 import sys
+import tempfile
 from tuneapp import watchdog
 from tuneapp.cli import main
 
@@ -301,3 +303,36 @@ def answer(port: int, path: str, method: str) -> int | None:
         return None
     except Exception:  # what speaks another protocol answers with anything
         return None
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_fault_61_many_trials_leave_no_handles_processes_memory_or_folders_behind(
+    tuneapp: Start, small_space: Path, photos: Path, tmp_path: Path
+) -> None:
+    scratch = set(Path(tempfile.gettempdir()).glob("tuneapp-ray-*"))
+    words = ["sweep", small_space, "--data", photos, "--trials", 150, "--epochs", 1]
+    process = tuneapp(*words, "--name", "x", "--concurrent", 2, cwd=tmp_path)
+    run = tmp_path / "runs" / "x"
+    driver = psutil.Process(process.pid)
+    seen = {}
+    for ended_so_far in (50, 140):
+        wait_for(run, lambda events, n=ended_so_far: len(ends_of(events)) >= n, seconds=400)
+        family = driver.children(recursive=True)
+        seen[ended_so_far] = (
+            driver.num_fds(),
+            driver.memory_info().rss / 2**20,
+            len(family),
+            sum(p.status() == psutil.STATUS_ZOMBIE for p in family),
+        )
+    _, err = process.communicate(timeout=300)
+    assert process.returncode in (0, 3), err
+    (handles, memory, processes, _), (later_handles, later_memory, later, zombies) = seen.values()
+    assert later_handles <= handles + 5, seen
+    assert later_memory <= memory + 50, seen
+    assert later <= processes + 1, seen
+    assert zombies == 0, seen
+    assert set(Path(tempfile.gettempdir()).glob("tuneapp-ray-*")) <= scratch
+    kept = list(run.glob("trials/*/checkpoints/*.pt"))
+    assert len(kept) == 5  # of the best ones
