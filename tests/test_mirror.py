@@ -206,7 +206,7 @@ def torn_at(opened, file, caplog, count):
         study._mirror.update(study.frozen_trials()[int(trial_id[1:]) - 1])
         try:
             is_kept = read_back(file)[1] == known(study)
-        except Exception:
+        except Exception:  # however reading fails, that cut counts as wrong
             is_kept = False
         if not is_kept or caplog.records:
             wrong.append(cut)

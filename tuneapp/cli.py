@@ -126,6 +126,15 @@ Device = Annotated[
     Literal["auto", "cpu", "cuda"] | None,
     typer.Option(help="auto, the default: each trial's GPU, where it has one."),
 ]
+SetInSpace = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="Value of a parameter; may be given several times. What is not set is as in the "
+        "first recipe of SPACE.",
+    ),
+]
 MoreTrials = Annotated[
     int, typer.Option(metavar="N", help="Trials beyond those that RUN was to have.")
 ]
@@ -453,15 +462,7 @@ def lr_range(
     space: SpaceFile,
     data: DataOptions,
     loading: LoadingOptions,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="NAME=VALUE",
-            help="Value of a parameter; may be given several times. What is not set is as in the "
-            "first recipe of SPACE.",
-        ),
-    ] = None,
+    set_: SetInSpace = None,
     image_size: ImageSize = None,
     seed: Seed = None,
     device: Device = None,
@@ -523,15 +524,7 @@ def verify_resume(
     space: SpaceFile,
     data: DataOptions,
     loading: LoadingOptions,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="NAME=VALUE",
-            help="Value of a parameter; may be given several times. What is not set is as in the "
-            "first recipe of SPACE.",
-        ),
-    ] = None,
+    set_: SetInSpace = None,
     epochs: Annotated[
         int | None,
         typer.Option(metavar="N", help="Epochs of each training. Default: the space's, at most 3."),

@@ -4,6 +4,7 @@ Rows 36 and 37 (the driver is killed) are in tests/test_killing.py and tests/tes
 """
 
 import contextlib
+import http.client
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -30,6 +32,7 @@ from tests.test_sweep import (
     trained_alone,
     wait_for,
 )
+from tuneapp import ray_session
 from tuneapp.cli import main
 from tuneapp.failures import MAX_RETRIES
 from tuneapp.study import MEMORY
@@ -243,7 +246,7 @@ def test_fault_73_a_ray_without_a_token_is_refused(
 
 @pytest.mark.ray
 @pytest.mark.timeout(300)
-def test_fault_74_and_75_what_listens_is_here_only_and_wants_the_token(
+def test_fault_74_what_listens_is_here_only_and_wants_the_token(
     tuneapp: Start, small_space: Path, photos: Path, tmp_path: Path
 ) -> None:
     words = ["sweep", small_space, "--data", photos, "--trials", 30, "--name", "x", "--dashboard"]
@@ -265,8 +268,31 @@ def test_fault_74_and_75_what_listens_is_here_only_and_wants_the_token(
     address = re.search(r"dashboard http://(\S+)", err)
     assert address is not None, err
     assert address[1].startswith("127.0.0.1:")
-    # Row 75: another address is the user's own wish, and is told what it means (README, Security).
-    assert "the network can reach it" not in err
+
+
+@pytest.mark.parametrize(("host", "warns"), [("0.0.0.0", True), ("127.0.0.1", False)])
+def test_fault_75_a_dashboard_for_the_network_is_warned_of(
+    host: str,
+    warns: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    # The flag itself is the wish; no port is opened to the network for a test.
+    asked = {}
+
+    def init(**options: Any) -> SimpleNamespace:
+        asked.update(options)
+        return SimpleNamespace(dashboard_url=f"{host}:8265")
+
+    monkeypatch.setattr(ray_session.ray, "init", init)
+    monkeypatch.setattr(ray_session, "_TOKEN", tmp_path / "none")
+    record: Any = SimpleNamespace(concurrent=1, cpus_per_trial=1, gpus_per_trial=0.0)
+    with ray_session.own_ray(record, host, "") as started:
+        assert started.scratch.is_dir()
+    assert not started.scratch.exists()
+    assert asked["dashboard_host"] == host
+    assert ("the network can reach it" in caplog.text) == warns
 
 
 def listening(driver: int) -> set[tuple[str, int]]:
@@ -299,9 +325,7 @@ def answer(port: int, path: str, method: str) -> int | None:
             return None if tells_metrics else int(response.status)
     except urllib.error.HTTPError as error:
         return error.code
-    except (OSError, ValueError):
-        return None
-    except Exception:  # what speaks another protocol answers with anything
+    except (OSError, ValueError, http.client.HTTPException):  # it speaks another protocol
         return None
 
 
