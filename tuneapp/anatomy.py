@@ -26,6 +26,7 @@ from tuneapp.errors import ConfigError
 from tuneapp.fit import check_image_size, skeleton
 from tuneapp.models import count_parameters, find_family
 from tuneapp.staged import StagedModel
+from tuneapp.timm_models import is_timm, usual_preprocessing
 
 OWN_IMAGE_SIZE = 224
 """Pixels, for a network of one's own, which has no weights that say theirs."""
@@ -104,7 +105,7 @@ def read_anatomy(model: str, image_size: int | None = None) -> Anatomy:
             way_out = "; --image-size sets another size" if image_size is None else ""
             raise ConfigError(mistakes[0] + way_out)
     staged = skeleton(model, size).eval()
-    measured = (_measure_own if is_reference(model) else _measure)(staged, size)
+    measured = (_measure if staged.is_chain else _measure_whole)(staged, size)
     held = [count_parameters([stage]) for stage in staged.stages]
     from_here = reversed(list(accumulate(reversed(held))))
     return Anatomy(
@@ -123,6 +124,8 @@ def _default_size(model: str) -> int:
     """Return the size of the images that the model's default weights were evaluated on."""
     if is_reference(model):
         return OWN_IMAGE_SIZE
+    if is_timm(model):
+        return usual_preprocessing(model).crop_size
     size: int = torchvision.models.get_model_weights(model).DEFAULT.transforms().crop_size[0]
     return size
 
@@ -155,14 +158,14 @@ def _measure(staged: StagedModel, size: int) -> list[_Measured]:
     return measured
 
 
-def _measure_own(staged: StagedModel, size: int) -> list[_Measured]:
-    """Call a network of one's own as a whole, and watch in which stage it is.
+def _measure_whole(staged: StagedModel, size: int) -> list[_Measured]:
+    """Call a network that is no chain of its stages, and watch in which stage it is.
 
     A stage lasts from a call of one of its modules to that of another stage's: functions count for
     the stage whose module was called before them, and so do modules without parameters that are
     called several times, such as the one ReLU of a network, wherever they are kept.
     """
-    image = torch.zeros(1, 3, size, size)
+    image = torch.zeros(1, 3, size, size, device=next(staged.parameters()).device)
     outputs: dict[int, tuple[int, ...]] = {}
     flops = [0] * len(staged.stages)
     current, counted = 0, 0

@@ -24,17 +24,26 @@ class Family:
     Attributes:
         stages: network -> name of each stage, from stem to head, -> its modules, which are called
             one after the other.
-        classifier: path of the last layer, whose size is the number of classes.
+        classifier: path of the last layer, whose size is the number of classes; of all, where a
+            network has several.
         size_argument: the constructor's name for the image size, where it wants one.
         aux: auxiliary classifiers -> the modules on whose outputs they stand.
         options: what every member is built with.
+        is_chain: whether calling the stages one after the other is the network.
     """
 
     stages: Callable[[Any], Pieces]
-    classifier: str
+    classifier: str | tuple[str, ...]
     size_argument: str | None = None
     aux: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    is_chain: bool = True
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Paths of the modules that are new in a network for other classes."""
+        last = (self.classifier,) if isinstance(self.classifier, str) else self.classifier
+        return (*last, *self.aux)
 
 
 class Function(nn.Module):

@@ -30,17 +30,18 @@ def hub_dir() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
-def cached_or_fetched(url: str, limit_s: float | None) -> Path:
+def cached_or_fetched(url: str, limit_s: float | None, name: str | None = None) -> Path:
     """Return the file behind `url`, downloaded if this machine does not have it yet.
 
     Args:
         url: http, https or file address.
         limit_s: seconds for a download; None is no limit.
+        name: what the file is called here; None is as in the address.
 
     Raises:
         WeightsError: it is damaged, or cannot be had; the message says where to put the file.
     """
-    file = hub_dir() / url.rsplit("/", 1)[-1]
+    file = hub_dir() / (name or url.rsplit("/", 1)[-1])
     if file.is_file():
         check_hash(file, file.name)
         return file

@@ -23,6 +23,7 @@ from tuneapp.models import (
 )
 from tuneapp.own import find_own
 from tuneapp.staged import Stage, StagedModel, matches
+from tuneapp.timm_models import is_timm, takes_dropout
 
 
 def skeleton(model: str, image_size: int | None = None, aux: bool = False) -> StagedModel:
@@ -54,7 +55,10 @@ class _NoNumbers(TorchFunctionMode):
 
 @lru_cache(maxsize=128)
 def _skeleton(model: str, image_size: int | None, aux: bool) -> StagedModel:
-    with torch.random.fork_rng(devices=[]), _NoNumbers():
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.device("meta") if is_timm(model) else _NoNumbers(),
+    ):
         network = build_network(model, 1000, image_size=image_size, aux=aux)
     return StagedModel(network.to("meta"), find_family(model))
 
@@ -161,10 +165,14 @@ def _parameter_names(model: StagedModel, stage: Stage) -> list[str]:
 
 def _layer_mistakes(config: TrialConfig, model: StagedModel) -> list[str]:
     mistakes = []
-    drops, skips = set_dropout(model.network, None, None)
-    if config.dropout is not None and not drops:
+    takes_drops, takes_skips = (
+        takes_dropout(config.model)
+        if is_timm(config.model)
+        else map(bool, set_dropout(model.network, None, None))
+    )
+    if config.dropout is not None and not takes_drops:
         mistakes.append(f"dropout: {config.model} has no dropout layers; leave it None")
-    if config.stochastic_depth is not None and not skips:
+    if config.stochastic_depth is not None and not takes_skips:
         mistakes.append(
             f"stochastic_depth: {config.model} has none; leave it None, or take a ConvNeXt, "
             "EfficientNet, MaxViT or Swin"

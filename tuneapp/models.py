@@ -16,26 +16,42 @@ from tuneapp.errors import ConfigError, did_you_mean
 from tuneapp.families import FAMILIES, Family
 from tuneapp.own import find_own
 from tuneapp.staged import Stage, StagedModel
+from tuneapp.timm_models import (
+    build_timm,
+    find_timm,
+    is_of_timm,
+    is_timm,
+    read_timm_dropout,
+)
 
 
 def find_family(model: str) -> Family | None:
-    """Return the family of a torchvision classifier; None for a network of the user's own.
+    """Return the family of a torchvision classifier or one of timm's; None for the user's own.
 
     Raises:
-        ConfigError: the name is unknown.
+        ConfigError: the name is unknown, or timm is not installed.
     """
+    if is_timm(model):
+        return find_timm(model)
     if is_reference(model):
         return None
     if model in FAMILIES:
         return FAMILIES[model]
     raise ConfigError(
-        f"model {model!r} is unknown{did_you_mean(model, FAMILIES)}; known: {', '.join(FAMILIES)}, "
-        "or the import path of a function, such as 'package.module:build'"
+        f"model {model!r} is unknown{did_you_mean(model, FAMILIES)}; known: {', '.join(FAMILIES)}; "
+        "'timm:' and a name of timm's; or the import path of a function, such as "
+        "'package.module:build'"
     )
 
 
 def build_network(
-    model: str, num_classes: int, *, image_size: int | None = None, aux: bool = False
+    model: str,
+    num_classes: int,
+    *,
+    image_size: int | None = None,
+    aux: bool = False,
+    dropout: float | None = None,
+    stochastic_depth: float | None = None,
 ) -> nn.Module:
     """Return the network with random weights and a head for `num_classes`.
 
@@ -46,16 +62,29 @@ def build_network(
         num_classes: size of the head.
         image_size: pixels, for networks that are made for one size; None is their usual one.
         aux: with the auxiliary classifiers, where it has some.
+        dropout: as in `TrialConfig.dropout`.
+        stochastic_depth: as in `TrialConfig.stochastic_depth`.
 
     Raises:
         ConfigError: the name is unknown, there is no such function, or it returns no network.
     """
+    if is_timm(model):
+        return build_timm(
+            model, num_classes, image_size, dropout=dropout, stochastic_depth=stochastic_depth
+        )
+    network = _build(model, num_classes, image_size, aux)
+    set_dropout(network, dropout, stochastic_depth)
+    return network
+
+
+def _build(model: str, num_classes: int, image_size: int | None, aux: bool) -> nn.Module:
     family = find_family(model)
     if family is None:
         network = find_own(model, "model")(num_classes)
         if not isinstance(network, nn.Module):
             raise ConfigError(f"model {model!r} returned {type(network).__name__}, no nn.Module")
-        return network
+        own: nn.Module = network
+        return own
     options = {**family.options, "num_classes": num_classes}
     if family.aux:
         options["aux_logits"] = aux
@@ -72,9 +101,13 @@ def build_staged(
 ) -> StagedModel:
     """Return the network of a configuration, in stages, with random weights and nothing frozen."""
     network = build_network(
-        config.model, num_classes, image_size=image_size, aux=config.aux_weight > 0
+        config.model,
+        num_classes,
+        image_size=image_size,
+        aux=config.aux_weight > 0,
+        dropout=config.dropout,
+        stochastic_depth=config.stochastic_depth,
     )
-    set_dropout(network, config.dropout, config.stochastic_depth)
     return StagedModel(network, find_family(config.model))
 
 
@@ -105,6 +138,8 @@ def set_dropout(
 
 def read_dropout(network: nn.Module) -> tuple[tuple[float, ...], float | None]:
     """Return the probabilities of the dropout layers, and that of the last stochastic depth."""
+    if is_of_timm(network):
+        return read_timm_dropout(network)
     drops = {m.p for m in network.modules() if isinstance(m, _DropoutNd)}
     layers: list[Any] = [m for m in network.modules() if hasattr(m, "drop_rate")]
     drops |= {float(layer.drop_rate) for layer in layers}

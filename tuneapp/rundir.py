@@ -26,7 +26,7 @@ import secrets
 import stat
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,7 +40,17 @@ FORMAT = 2
 KEEP_ALL = 10**9
 """As `keep_best`: more than a run has trials."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_PACKAGES = ("tuneapp", "torch", "torchvision", "ray", "optuna", "tensorboardX", "pandas", "numpy")
+_PACKAGES = (
+    "tuneapp",
+    "torch",
+    "torchvision",
+    "ray",
+    "optuna",
+    "tensorboardX",
+    "pandas",
+    "numpy",
+    "timm",
+)
 
 
 @dataclass(frozen=True)
@@ -199,9 +209,18 @@ def write_record(run: RunDir, record: RunRecord) -> None:
     plain = {
         "format": FORMAT,
         **asdict(record),
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
+        "versions": _versions(),
     }
     write_json(run.settings_file, plain)
+
+
+def _versions() -> dict[str, str]:
+    """Return what a run depends on; what is not installed is left out."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def open_run(path: Path) -> tuple[RunDir, RunRecord]:

@@ -1,8 +1,8 @@
 """A classifier as stages: named, ordered pieces of a network, from the stem to the head.
 
-`families.py` says what the stages of torchvision's networks are; a network of one's own says it by
-its method `stages()`, or else has its top-level children as stages. Freezing, learning rates and
-feature extraction all speak in stages.
+`families.py` says what the stages of torchvision's networks are, `timm_models.py` those of timm's;
+a network of one's own says it by its method `stages()`, or else has its top-level children as
+stages. Freezing, learning rates and feature extraction all speak in stages.
 """
 
 import fnmatch
@@ -64,7 +64,7 @@ class StagedModel(nn.Module):
 
         Args:
             network: a torchvision classifier, or one of the user's own.
-            family: of torchvision's; None for one of the user's own.
+            family: of torchvision's or timm's; None for one of the user's own.
 
         Raises:
             ConfigError: the stages that the network says are not its parts, each once.
@@ -76,8 +76,8 @@ class StagedModel(nn.Module):
             Stage(name, nn.Sequential(*modules))
             for name, modules in (family.stages if family else _own_stages)(network).items()
         )
-        # Whether calling the stages one after the other is the network; not known of one's own.
-        self._is_chain = family is not None
+        self.is_chain = family is not None and family.is_chain
+        """Whether calling the stages one after the other is the network; not known of one's own."""
         aux = family.aux if family else {}
         self._aux_after = {
             id_of: head
@@ -96,9 +96,9 @@ class StagedModel(nn.Module):
         Args:
             x: images, float32 (B, 3, H, W) normalised; or, with `first_stage` k, what the first k
                 stages made of them.
-            first_stage: index of the stage to begin with; 0 for a network of one's own.
+            first_stage: index of the stage to begin with; 0 for a network that is no chain.
             stages: names of stages; their outputs are returned as a list in this order, and later
-                stages are not computed (but a network of one's own is called whole). None returns
+                stages are not computed (but a network that is no chain runs whole). None returns
                 the logits; while training a network with auxiliary classifiers, with theirs.
 
         Raises:
@@ -106,8 +106,8 @@ class StagedModel(nn.Module):
         """
         if stages is not None:
             return self._features(x, first_stage, stages)
-        if not self._is_chain:
-            assert first_stage == 0, "a network of one's own is called from its beginning"
+        if not self.is_chain:
+            assert first_stage == 0, "a network that is called whole is called from its beginning"
             logits: Tensor = self.network(x)
             return logits
         aux = []
@@ -127,7 +127,7 @@ class StagedModel(nn.Module):
                 f"{', '.join(names)}"
             )
         outputs: dict[str, Tensor] = {}
-        if self._is_chain:
+        if self.is_chain:
             last = max((names.index(name) for name in wanted), default=-1)
             for stage in self.stages[first_stage : last + 1]:
                 x = outputs[stage.name] = stage.module(x)
@@ -135,7 +135,7 @@ class StagedModel(nn.Module):
             self._watch(x, outputs)
         missing = [name for name in wanted if name not in outputs]
         if missing:
-            why = "lies before the first stage" if self._is_chain else "is not called"
+            why = "lies before the first stage" if self.is_chain else "is not called"
             raise ConfigError(f"stage {missing[0]!r} {why}: it puts out nothing")
         return [outputs[name] for name in wanted]
 

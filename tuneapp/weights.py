@@ -30,6 +30,7 @@ from tuneapp.statedict import (
     read_state_dict,
     resized_for,
 )
+from tuneapp.timm_models import is_timm, translated, usual_preprocessing, weights_of
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class Found:
     Attributes:
         asked: as written in the space.
         file: the state_dict file; None for random weights.
-        name: torchvision's name of the weights, or `file`, `checkpoint` or `random`.
+        name: torchvision's or timm's name of the weights, or `file`, `checkpoint` or `random`.
         sha256: of the file.
         warning: what the user should know, or an empty text.
     """
@@ -67,6 +68,34 @@ class Found:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class _Named:
+    """Weights that torchvision or timm knows by name.
+
+    Attributes:
+        name: in full, with the network.
+        url: where the file is.
+        preprocessing: what they are evaluated with.
+        file_name: what the file is called in the cache; None is as in the address.
+        cached: where another cache of this machine has it; None if none has.
+    """
+
+    name: str
+    url: str
+    preprocessing: Preprocessing
+    file_name: str | None = None
+    cached: Path | None = None
+
+    def found(self, asked: str, limit_s: float | None) -> Found:
+        """Return the file, downloaded once where that is needed.
+
+        Raises:
+            WeightsError: it cannot be had.
+        """
+        file = self.cached or cached_or_fetched(self.url, limit_s, self.file_name)
+        return _found(asked, file, self.name)
+
+
 def find_weights(model: str, asked: str | None) -> Found:
     """Return the weights that `asked` stands for, downloading them once where that is needed.
 
@@ -77,26 +106,24 @@ def find_weights(model: str, asked: str | None) -> Found:
     Raises:
         WeightsError: they cannot be had; the message says where to put the file.
     """
-    names = _names(model)
-    if asked is None or (asked == "auto" and not names):
+    named = _named(model)
+    if asked is None or (asked == "auto" and not named):
         return Found(asked, None, "random")
     if asked == "auto":
-        entry = _enum_entry(model, "DEFAULT")
         try:
-            return _found(asked, cached_or_fetched(str(entry.url), AUTO_LIMIT_S), str(entry))
+            return named["DEFAULT"].found(asked, AUTO_LIMIT_S)
         except WeightsError as error:
             warning = f"{model} starts from RANDOM weights, not pretrained ones: {error}"
             return Found(asked, None, "random", warning=warning)
     path = Path(asked).expanduser()
-    if asked not in names:
+    if asked not in named:
         if path.is_file():
             return _found(asked, path.resolve(), "file")
         if path.is_dir():
             return _found(asked, _best_checkpoint(path.resolve(), asked), "checkpoint")
         if path.suffix or "/" in asked:
             raise WeightsError(f"weights {asked!r}: no such file or folder")
-    entry = _enum_entry(model, asked)
-    return _found(asked, cached_or_fetched(str(entry.url), None), str(entry))
+    return _require_named(model, asked).found(asked, limit_s=None)
 
 
 def require_same_weights(found: Mapping[str, Any]) -> None:
@@ -148,26 +175,51 @@ def _best_checkpoint(folder: Path, asked: str) -> Path:
     return file
 
 
-def _names(model: str) -> list[str]:
-    """Return torchvision's names of weights for `model`; none for a network of one's own."""
+def _named(model: str) -> dict[str, _Named]:
+    """Return the weights for `model` that have names; none for a network of one's own."""
+    if is_timm(model):
+        return {
+            tag: _Named(w.name, w.url, w.preprocessing, w.file_name, w.cached)
+            for tag, w in weights_of(model).items()
+        }
     if find_family(model) is None:
-        return []
-    return [entry.name for entry in torchvision.models.get_model_weights(model)] + ["DEFAULT"]
+        return {}
+    entries = torchvision.models.get_model_weights(model)
+    return {
+        name: _Named(str(entry), str(entry.url), _of_preset(entry.transforms()))
+        for name, entry in [*entries.__members__.items(), ("DEFAULT", entries.DEFAULT)]
+    }
 
 
-def _enum_entry(model: str, name: str) -> Any:
-    names = _names(model)
-    if not names:
+def _of_preset(preset: Any) -> Preprocessing:
+    """Return what torchvision's `ImageClassification` does."""
+    return Preprocessing(
+        resize_size=preset.resize_size[0],
+        crop_size=preset.crop_size[0],
+        interpolation=preset.interpolation.value,
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
+    )
+
+
+def _require_named(model: str, name: str) -> _Named:
+    named = _named(model)
+    if not named and is_timm(model):
+        raise WeightsError(
+            f"weights {name!r}: timm has none for {model}; give None or 'auto' (random ones), a "
+            "file, or the folder of a trial"
+        )
+    if not named:
         raise WeightsError(
             f"weights {name!r}: there are none by name for a network of your own ({model}); give "
             "None or 'auto' (random ones), a file, or the folder of a trial"
         )
-    if name not in names:
+    if name not in named:
         raise WeightsError(
-            f"weights {name!r} of {model} are unknown{did_you_mean(name, names)}; known: "
-            f"{', '.join(names)}, 'auto', None, or the path of a file or of a trial's folder"
+            f"weights {name!r} of {model} are unknown{did_you_mean(name, named)}; known: "
+            f"{', '.join(named)}, 'auto', None, or the path of a file or of a trial's folder"
         )
-    return getattr(torchvision.models.get_model_weights(model), name)
+    return named[name]
 
 
 def preprocessing_of(config: TrialConfig, native_size: int | None) -> Preprocessing:
@@ -211,22 +263,16 @@ def preprocessing_of(config: TrialConfig, native_size: int | None) -> Preprocess
 
 
 def _evaluated_with(config: TrialConfig) -> Preprocessing:
-    names = _names(config.model)
-    if config.weights is not None and config.weights not in names:
+    named = _named(config.model)
+    if config.weights is not None and config.weights not in named:
         theirs = _trained_with(Path(config.weights).expanduser())
         if theirs is not None:
             return theirs
-    if not names:
-        return _IMAGENET
-    asked = config.weights if config.weights in names else None
-    preset = _enum_entry(config.model, asked or "DEFAULT").transforms()
-    return Preprocessing(
-        resize_size=preset.resize_size[0],
-        crop_size=preset.crop_size[0],
-        interpolation=preset.interpolation.value,
-        mean=tuple(preset.mean),
-        std=tuple(preset.std),
-    )
+    if config.weights in named:
+        return named[config.weights].preprocessing
+    if is_timm(config.model):
+        return usual_preprocessing(config.model)
+    return named["DEFAULT"].preprocessing if named else _IMAGENET
 
 
 def _trained_with(folder: Path) -> Preprocessing | None:
@@ -265,6 +311,8 @@ def load_weights(network: nn.Module, config: TrialConfig, file: Path) -> LoadRep
     whole = network.state_dict()
     own = {name: tensor for name, tensor in whole.items() if isinstance(tensor, Tensor)}
     named = named_as(own, read_state_dict(file, changed_ns))
+    if is_timm(config.model):
+        named = translated(network, named)
     state = resized_for(network, named)
     report = compare(own, state, interpolated=() if state is named else (POSITIONS,))
     share = _require_fit(own, state, report, _heads(network, config), config, file)
@@ -281,7 +329,7 @@ def _heads(network: nn.Module, config: TrialConfig) -> tuple[str, ...]:
     """Return the beginnings of the names of what may be of another size."""
     family = find_family(config.model)
     if family is not None:
-        return (f"{family.classifier}.", *(f"{name}." for name in family.aux))
+        return tuple(f"{name}." for name in family.heads)
     last = set(StagedModel(network).stages[-1].module.modules())
     return tuple(f"{name}." for name, module in network.named_modules() if module in last)
 

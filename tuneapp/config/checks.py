@@ -83,8 +83,13 @@ def plain(value: Any) -> Any:
 
 
 def is_reference(value: object) -> bool:
-    """Whether `value` is written like `package.module:name`, an object of the user's own."""
-    return isinstance(value, str) and _REFERENCE.fullmatch(value) is not None
+    """Whether `value` is written like `package.module:name`, an object of the user's own.
+
+    `timm:name` is a network of timm's.
+    """
+    if not isinstance(value, str) or value.startswith("timm:"):
+        return False
+    return _REFERENCE.fullmatch(value) is not None
 
 
 def above_zero(name: str, value: float) -> list[str]:
