@@ -13,13 +13,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from tuneapp.average import WeightAverage
 from tuneapp.config import AdamW, TrialConfig
 from tuneapp.loop import Precision, train_one_epoch
 from tuneapp.losses import build_loss
-from tuneapp.models import build_staged, freeze_as
+from tuneapp.models import apply_freezing, build_staged
 from tuneapp.optim import build_optimizer
 from tuneapp.schedules import Schedule
 from tuneapp.staged import StagedModel
@@ -44,7 +43,7 @@ def timed_step(config: TrialConfig) -> float:
     """Return the seconds of a step, after two to warm up."""
     torch.manual_seed(0)
     model = build_staged(config, num_classes=10, image_size=SIZE)
-    freeze_as(model, config)
+    apply_freezing(model, config)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     model.to(memory_format=layout)
     images = torch.randn(BATCH, 3, SIZE, SIZE).contiguous(memory_format=layout)
@@ -65,7 +64,7 @@ def _stepper(
     schedule = Schedule(optimizer, config, steps_per_epoch=10)
     dtype = torch.bfloat16 if config.amp == "bf16" else torch.float32
     precision = Precision("cpu", dtype)
-    loss_fn: nn.Module = build_loss(config.loss, [1] * 10)
+    loss_fn = build_loss(config.loss, [1] * 10)
     average = None if config.ema_decay is None else WeightAverage(model, config.ema_decay)
     return lambda batches: train_one_epoch(
         model,

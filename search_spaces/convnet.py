@@ -3,9 +3,9 @@
     python -m tuneapp sweep search_spaces/convnet.py
     python -m tuneapp sweep search_spaces/convnet.py --data photos/ --trials 64
 
-The first trials give each network what is usual for fine-tuning it whole: AdamW that decays neither
+The first trials fine-tune each whole network in the usual way: AdamW that decays neither
 norms nor biases, later stages faster, a warm-up and a cosine, label smoothing. The search then
-tries how deep to freeze each of them, and how much to regularise.
+tries how deep to freeze each of them, and how strongly to regularise.
 
 Measured on the digits with random weights, the recipes for one epoch: ConvNeXt 0.873, the others
 still at chance, 0.100: with BatchNorm and no pretraining they need more than 41 steps.

@@ -1,10 +1,10 @@
-"""How far do the features of a pretrained network carry: only the head is trained.
+"""How good are the features of a pretrained network? Only the head is trained.
 
     python -m tuneapp sweep search_spaces/linear_probe.py
     python -m tuneapp sweep search_spaces/linear_probe.py --data photos/ --trials 32
 
 The first trial is the usual linear probe: SGD with momentum at a large learning rate, no weight
-decay, a cosine. It costs little, says which network to fine-tune, and is the bar for what follows.
+decay, a cosine. It costs little, shows which network to fine-tune, and is the baseline.
 
 Measured on the digits with random weights, 8 trials: the recipe 0.913, the best 0.934 (ConvNeXt).
 Random EfficientNets and MobileNets stay at chance, 0.100: their frozen BatchNorm has seen no data.

@@ -1,11 +1,11 @@
-"""Does a loss, or a schedule, of your own beat the usual ones? Both are defined in this very file.
+"""Does a custom loss or schedule beat the usual ones? Both are defined in this file.
 
     python -m tuneapp sweep search_spaces/own_loss.py
     python -m tuneapp sweep search_spaces/own_loss.py --data photos/ --trials 32
 
 `OwnLoss` and `OwnSchedule` take import paths: `own_loss:poly_cross_entropy` is this file's, and the
 run keeps a copy of it. `options` are arguments of the loss, and can be searched. The first trial is
-what they have to beat: cross-entropy with a little label smoothing, and a cosine.
+the baseline: cross-entropy with a little label smoothing, and a cosine.
 
 Measured on the digits with random weights, 8 trials: cross-entropy 0.991, Poly-1 with the inverse
 square root 0.983; the search's best, cross-entropy again, 0.996, which may be chance.

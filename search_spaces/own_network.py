@@ -1,10 +1,10 @@
-"""Search the recipe of a network of your own, which is defined in this very file.
+"""Search the recipe of a custom network, which is defined in this file.
 
     python -m tuneapp sweep search_spaces/own_network.py
     python -m tuneapp show --model search_spaces.own_network:build --image-size 32
 
 `model` is the import path of a function `build(num_classes)`: `own_network:build` is this file's,
-and the run keeps a copy of it; `mypackage.nets:build` is that of a package which can be imported
+and the run keeps a copy of it; `mypackage.nets:build` is one of a package that can be imported
 from here. What its `stages()` returns is frozen and gets its own learning rate; without that
 method, its top-level children do. The first trial is AdamW with a warm-up and a cosine.
 

@@ -3,7 +3,7 @@
     python -m tuneapp sweep search_spaces/resnet.py
     python -m tuneapp sweep search_spaces/resnet.py --data photos/ --trials 64
 
-The first trials are what the field would run unsearched: the head alone, everything with AdamW
+The first trials are the usual recipes: the head alone, everything with AdamW
 and layer-wise decay, everything with SGD, half of the network, a one-cycle. The search has to
 beat them.
 

@@ -1,12 +1,12 @@
-"""Fine-tune a network of timm's: `timm:` and any name from `timm.list_models()`.
+"""Fine-tune a timm network: `timm:` and any name from `timm.list_models()`.
 
     python -m pip install -e '.[timm]'
     python -m tuneapp sweep search_spaces/timm_networks.py
     python -m tuneapp sweep search_spaces/timm_networks.py --data photos/ --trials 48
     python -m tuneapp show --model timm:convnext_atto
 
-Stages are the groups that timm itself makes for layer-wise learning rates; `weights` takes timm's
-tags, such as `d2_in1k`. The first trials are what is usual for fine-tuning a network whole: AdamW
+Stages are timm's own groups for layer-wise learning rates; `weights` takes timm's
+tags, such as `d2_in1k`. The first trials are the usual way to fine-tune a whole network: AdamW
 that decays neither norms nor biases, later stages faster, a warm-up and a cosine, label smoothing.
 """
 

@@ -3,7 +3,7 @@
     python -m tuneapp sweep search_spaces/vit.py
     python -m tuneapp sweep search_spaces/vit.py --data photos/ --trials 48
 
-The first trials are what is usual for transformers: AdamW at a small learning rate that shrinks
+The first trials are the usual recipe for transformers: AdamW at a small learning rate that shrinks
 with each block away from the head, no decay of norms and biases, gradients clipped to norm 1, a
 warm-up and a cosine; and the head alone.
 

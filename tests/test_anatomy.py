@@ -1,5 +1,6 @@
 """Counts against torchvision's own published numbers, and against counts by hand."""
 
+import copy
 import sys
 from itertools import accumulate
 from pathlib import Path
@@ -7,10 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from torch import nn
 
 from tuneapp.anatomy import read_anatomy
 from tuneapp.errors import ConfigError
+from tuneapp.fit import skeleton
 from tuneapp.models import FAMILIES
+from tuneapp.staged import StagedModel
 
 # torchvision counts Inception's auxiliary classifier in; we build it only with aux_weight > 0.
 INCEPTION_AUX = (
@@ -51,20 +55,88 @@ class Own(nn.Module):
         return self.head(self.attention(x.flatten(2).mT).mean(1))
 
 class Listed(nn.Module):
-    """Its blocks are in a list, which nobody calls, and are called in turns with others."""
+    """Its blocks are in a list, which nobody calls, and are called in turns with others.
+
+    Nor is `spare` called: its weight is used by a function.
+    """
     def __init__(self, classes):
         super().__init__()
         self.blocks = nn.ModuleList([nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)])
         self.between = nn.Conv2d(3, 3, 3, padding=1)
         self.head = nn.Linear(3, classes)
-        self.spare = nn.Linear(3, 2)
+        self.spare = nn.Linear(3, 3)
 
     def stages(self):
-        return {"between": self.between, "blocks": [self.blocks], "spare": self.spare,
+        return {"blocks": [self.blocks], "between": self.between, "spare": self.spare,
                 "head": self.head}
 
     def forward(self, x):
-        return self.head(self.blocks[1](self.between(self.blocks[0](x))).mean((2, 3)))
+        x = self.blocks[1](self.between(self.blocks[0](x))).mean((2, 3))
+        return self.head(nn.functional.linear(x, self.spare.weight, self.spare.bias))
+
+class SharedLate(nn.Module):
+    """Its one ReLU is kept with the last convolution; its blocks share another one."""
+    def __init__(self, classes):
+        super().__init__()
+        act = nn.ReLU()
+        self.conv1 = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), act)
+        self.conv2 = nn.Sequential(nn.Conv2d(4, 5, 3, stride=2), act)
+        self.conv3 = nn.Conv2d(5, 6, 3)
+        self.pool = nn.MaxPool2d(2)
+        self.head = nn.Linear(6, classes)
+
+    def forward(self, x):
+        x = self.pool(self.conv2(self.pool(self.conv1(x))))
+        return self.head(self.conv3(x).mean((2, 3)))
+
+class Unnamed(nn.Module):
+    """Its dropout and pooling are in none of its stages, like functions."""
+    def __init__(self, classes):
+        super().__init__()
+        self.conv, self.pool = nn.Conv2d(3, 4, 3), nn.MaxPool2d(2)
+        self.drop, self.fc = nn.Dropout(0.5), nn.Linear(4, classes)
+
+    def stages(self):
+        return {"conv": self.conv, "head": self.fc}
+
+    def forward(self, x):
+        return self.fc(self.drop(self.pool(self.conv(x)).mean((2, 3))))
+
+class Inside(nn.Module):
+    """A block of one stage calls a module of another one, and adds to it."""
+    class Block(nn.Module):
+        def __init__(self, norm):
+            super().__init__()
+            self.conv, self.borrowed = nn.Conv2d(4, 4, 1), [norm]
+
+        def forward(self, x):
+            return nn.functional.avg_pool2d(self.borrowed[0](self.conv(x)), 2)
+
+    def __init__(self, classes):
+        super().__init__()
+        self.norm = nn.Conv2d(3, 4, 1)
+        between = nn.Conv2d(4, 4, 1)
+        self.block = Inside.Block(between)
+        self.between = between
+        self.head = nn.Linear(4, classes)
+
+    def forward(self, x):
+        return self.head(self.block(self.norm(x)).mean((2, 3)))
+
+class Tuples(nn.Module):
+    """A stage returns several tensors, another one a dict."""
+    class Second(nn.Linear):
+        def forward(self, x):
+            return {"x": super().forward(x)}
+
+    def __init__(self, classes):
+        super().__init__()
+        self.memory = nn.LSTM(3, 4, batch_first=True)
+        self.second, self.head = Tuples.Second(4, 4), nn.Linear(4, classes)
+
+    def forward(self, x):
+        out, _ = self.memory(x.flatten(2).mT)
+        return self.head(self.second(out.mean(1))["x"])
 
 def pooled_in_the_head(classes):
     stem = nn.Conv2d(3, 4, 1)
@@ -179,13 +251,88 @@ def test_stages_called_in_turns_or_never_get_what_is_theirs(own: str) -> None:
     stages = {s.name: s for s in read_anatomy(f"{own}:Listed", 16).stages}
     assert {name: s.flops for name, s in stages.items()} == {
         "between": 2 * 9 * 3 * 3 * 16 * 16,
-        "blocks": 2 * (2 * 3 * 3 * 16 * 16),
+        "blocks": 2 * (2 * 3 * 3 * 16 * 16) + 2 * 3 * 3,  # with the function after them
         "spare": 0,
         "head": 2 * 3 * 10,
     }
     assert stages["blocks"].output == (3, 16, 16)
     assert stages["spare"].output is None
     assert stages["head"].output == (10,)
+
+
+OWN_SPACE = "search_spaces.own_network:build"
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "outputs"),
+    [
+        # `top` and not the mean and the dropout after it, which are in no stage.
+        (OWN_SPACE, 32, [(32, 16, 16), (64, 8, 8), (128, 4, 4), (10,)]),
+        ("Own", 16, [(4, 8, 8), (8, 4, 4), (16, 8), (10,)]),
+        ("SharedLate", 64, [(4, 15, 15), (5, 3, 3), (6, 1, 1), (10,)]),
+        ("Unnamed", 16, [(4, 14, 14), (10,)]),
+        ("Inside", 16, [(4, 16, 16), (4, 8, 8), (4, 16, 16), (10,)]),
+        ("Listed", 16, [(3, 16, 16), (3, 16, 16), None, (10,)]),
+        ("Tuples", 16, [(256, 4), None, (10,)]),
+        ("pooled_in_the_head", 16, [(4, 16, 16), (10,)]),
+        (
+            "timm:convnext_atto",
+            64,
+            [(40, 16, 16), (40, 16, 16), (80, 8, 8), (160, 4, 4), (320, 1, 1), (1000,)],
+        ),
+        (
+            "timm:resnet18",
+            64,
+            [(64, 16, 16), (64, 16, 16), (128, 8, 8), (256, 4, 4), (512, 2, 2), (1000,)],
+        ),
+        ("timm:vit_tiny_patch16_224", 64, [(17, 192)] * 13 + [(1000,)]),
+    ],
+)
+def test_an_output_has_the_same_shape_as_a_feature_and_in_the_table(
+    own: str, model: str, size: int, outputs: list[tuple[int, ...] | None]
+) -> None:
+    if model.startswith("timm:"):
+        pytest.importorskip("timm")
+    elif model.isidentifier():
+        model = f"{own}:{model}"
+    anatomy = read_anatomy(model, size)
+    assert [stage.output for stage in anatomy.stages] == outputs
+    staged = copy.deepcopy(skeleton(model, size)).eval()
+    named = [stage.name for stage in anatomy.stages if stage.output is not None]
+    images = torch.zeros(2, 3, size, size, device=next(staged.parameters()).device)
+    with torch.no_grad():
+        features = staged(images, stages=named)
+    shapes = [tuple(feature.shape[1:]) for feature in features]
+    assert shapes == [output for output in outputs if output is not None]
+
+
+def test_functions_and_shared_modules_count_for_the_stage_in_which_they_are_called(
+    own: str,
+) -> None:
+    norm, block, between, head = read_anatomy(f"{own}:Inside", 16).stages
+    assert norm.flops == 2 * 3 * 4 * 16 * 16
+    assert between.flops == block.flops == 2 * 4 * 4 * 16 * 16
+    assert head.flops == 2 * 4 * 10
+
+
+def test_a_forward_pass_is_watched_without_a_second_one() -> None:
+    staged = StagedModel(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
+    passes = []
+    staged.network.register_forward_hook(lambda *call: passes.append(call))
+    staged.train()(torch.zeros(2, 3, 8, 8), stages=["0", "1"])
+    assert len(passes) == 1
+    assert int(staged.network[1].num_batches_tracked) == 1
+
+
+def test_the_clock_is_read_where_a_visit_begins() -> None:
+    clock = iter(range(10))
+    staged = StagedModel(
+        nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 2))
+    )
+    with staged.watching(lambda: next(clock)) as visits:
+        staged.network(torch.zeros(2, 4))
+    assert [(v.stage, v.begun) for v in visits] == [("0", 0), ("2", 1), ("3", 2)]
+    assert [None if v.output is None else v.output.shape[1] for v in visits] == [4, 4, 2]
 
 
 @pytest.mark.parametrize("enabled", [True, False])

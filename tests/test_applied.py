@@ -42,13 +42,17 @@ from tuneapp.config import (
     TrialConfig,
 )
 from tuneapp.data.batches import Batch, Batches
+from tuneapp.data.pixels import Preprocessing
+from tuneapp.data.views import mixing, training_view
+from tuneapp.epoch_proof import require_batches
 from tuneapp.errors import AppliedValueError
 from tuneapp.families import RESNET
+from tuneapp.fit import skeleton
 from tuneapp.loop import EpochMetrics, Precision
 from tuneapp.losses import build_loss
-from tuneapp.models import build_network, freeze_as
-from tuneapp.optim import build_optimizer
-from tuneapp.proof import require_applied, require_batches
+from tuneapp.models import apply_freezing, build_network
+from tuneapp.optim import build_optimizer, rebuild_optimizer, undecayed_names
+from tuneapp.proof import _wanted_undecayed, require_applied, require_defaults
 from tuneapp.schedules import Schedule as Running
 from tuneapp.schedules import warmup_steps
 from tuneapp.staged import StagedModel
@@ -94,7 +98,7 @@ def config_of(**values: Any) -> TrialConfig:
 def begin(network: nn.Module, config: TrialConfig, epoch: int = 1) -> TrainState:
     """What a trial of this configuration has in this epoch, with 5 steps each."""
     model = StagedModel(copy.deepcopy(network), RESNET)
-    freeze_as(model, config, epoch)
+    apply_freezing(model, config, epoch)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(model, config)
@@ -111,11 +115,29 @@ def begin(network: nn.Module, config: TrialConfig, epoch: int = 1) -> TrainState
 
 def applied_to(state: TrainState) -> Applied:
     loss_fn = build_loss(state.config.loss, [1, 2, 3], state.config.aux_weight)
-    return read_back(state, loss_fn, state.config.batch_size, PLAIN, "random")
+    return read_back(state, loss_fn, batches_of(state.config), PLAIN, "random")
+
+
+@dataclasses.dataclass(frozen=True)
+class Said:
+    """What is read of batches, without the images of a store."""
+
+    view: object
+    mix: object
+    batch_size: int
+    is_streamed: bool = False
+    workers: int = 0
+
+
+def batches_of(config: TrialConfig) -> Any:
+    preprocessing = Preprocessing(36, 32, "bilinear", (0.5,) * 3, (0.2,) * 3)
+    view = training_view(config.augment, preprocessing)
+    return Said(view, mixing(config.mixup_alpha, config.cutmix_alpha, 3), config.batch_size)
 
 
 def require(applied: Applied, state: TrainState, epoch: int = 1) -> None:
-    require_applied(applied, state.config, state.model, CPU, 5, epoch)
+    require_applied(applied, state.config, state.model, CPU, 5, epoch, [1, 2, 3])
+    require_defaults(state.optimizer)
 
 
 def test_what_is_applied_is_read_back_field_by_field(network: nn.Module) -> None:
@@ -131,11 +153,14 @@ def test_what_is_applied_is_read_back_field_by_field(network: nn.Module) -> None
         channels_last=True,
         loss=Focal(gamma=1.0),
         aux_weight=0.5,
+        augment="strong",
+        mixup_alpha=0.2,
+        cutmix_alpha=1.0,
     )
     state = begin(network, config)
     loss_fn = build_loss(config.loss, [1, 2, 3], aux_weight=0.5)
     precision = Precision("cpu", torch.bfloat16)
-    applied = read_back(state, loss_fn, 24, precision, "IMAGENET1K_V1")
+    applied = read_back(state, loss_fn, batches_of(config), precision, "IMAGENET1K_V1")
     assert applied.as_dict() == {
         "lr": pytest.approx({"layer4": 0.05, "head": 0.1}, rel=1e-12),
         "optimizer": "AdamW",
@@ -143,7 +168,7 @@ def test_what_is_applied_is_read_back_field_by_field(network: nn.Module) -> None
         "weight_decay": 0.05,
         "undecayed_parameters": LAYER4_NORMS + 3,
         "schedule": "CosineAnnealingLR",
-        "schedule_options": {"T_max": 14, "eta_min": 0.0},
+        "schedule_options": {"T_max": 14, "eta_min": 0.0, "warmup_start": 0.01},
         "warmup_steps": 6,
         "trainable_parameters": LAYER4 + HEAD,
         "frozen_parameters": WHOLE - LAYER4 - HEAD,
@@ -161,6 +186,13 @@ def test_what_is_applied_is_read_back_field_by_field(network: nn.Module) -> None
         "device": "cpu",
         "precision": "bfloat16",
         "weights": "IMAGENET1K_V1",
+        "view": (
+            "RandomResizedCrop(scale=0.35)",
+            "RandomHorizontalFlip",
+            "TrivialAugmentWide",
+            "RandomErasing",
+        ),
+        "mixing": {"MixUp": 0.2, "CutMix": 1.0},
         "images": "stored",
         "workers": 0,
     }
@@ -227,11 +259,17 @@ def test_every_choice_of_optimizer_and_schedule_passes_as_itself(
 @pytest.mark.parametrize(
     ("loss", "name", "options"),
     [
-        (CrossEntropy(), "CrossEntropyLoss", {"label_smoothing": 0.0, "weighted": False}),
+        (CrossEntropy(), "CrossEntropyLoss", {"label_smoothing": 0.0, "class_weights": None}),
         (
             CrossEntropy(label_smoothing=0.1, class_weights="balanced"),
             "CrossEntropyLoss",
-            {"label_smoothing": 0.1, "weighted": True},
+            # Of 1, 2 and 3 examples: a mean of two.
+            {"label_smoothing": 0.1, "class_weights": [2.0, 1.0, 0.666667]},
+        ),
+        (
+            CrossEntropy(class_weights=[0.1, 1, 10]),
+            "CrossEntropyLoss",
+            {"label_smoothing": 0.0, "class_weights": [0.1, 1.0, 10.0]},
         ),
         (Focal(gamma=0.5, alpha=None), "focal", {"gamma": 0.5, "alpha": None}),
         (
@@ -398,7 +436,7 @@ DIFFERENT: list[tuple[str, object, str]] = [
     ("loss", "focal", "loss is 'focal', not 'CrossEntropyLoss'"),
     (
         "loss_options",
-        {"label_smoothing": 0.1, "weighted": False},
+        {"label_smoothing": 0.1, "class_weights": None},
         r"loss_options is \{'label_smoothing': 0.1, .*\}, not \{'label_smoothing': 0.0, .*\}",
     ),
     ("aux_weight", 0.3, "aux_weight is 0.3, not 0.0"),
@@ -416,6 +454,8 @@ DIFFERENT: list[tuple[str, object, str]] = [
     ("ema_decay", 0.99, "ema_decay is 0.99, not 0.9"),
     ("channels_last", False, "channels_last is False, not True"),
     ("batch_size", 31, "batch_size is 31, not 32"),
+    ("view", ("CenterCrop",), r"view is \('CenterCrop',\), not \('RandomResizedCrop.*"),
+    ("mixing", {"MixUp": 0.2}, r"mixing is \{'MixUp': 0.2\}, not \{\}"),
     ("device", "cuda", "device is 'cuda', not 'cpu'"),
 ]
 
@@ -741,7 +781,12 @@ BROKEN: dict[str, tuple[dict[str, Any], Broken, str]] = {
     "class weights ignored": (
         {"loss": CrossEntropy(class_weights="balanced")},
         {"build_loss": lambda *a: build_loss(CrossEntropy(), [8, 8, 8])},
-        "loss_options is .*'weighted': False}, not .*'weighted': True}",
+        r"'class_weights': None}, not .*'class_weights': \[1.04762, 1.04762, 0.916667\]}",
+    ),
+    "class weights of other classes": (
+        {"loss": CrossEntropy(class_weights=[1, 2, 3])},
+        {"build_loss": lambda *a: build_loss(CrossEntropy(class_weights=[3, 2, 1]), [8, 8, 8])},
+        r"'class_weights': \[3.0, 2.0, 1.0\]}, not .*'class_weights': \[1.0, 2.0, 3.0\]}",
     ),
     "auxiliary classifiers ignored": (
         {"aux_weight": 0.5},
@@ -770,24 +815,24 @@ BROKEN: dict[str, tuple[dict[str, Any], Broken, str]] = {
     ),
     "other parameters of the same size": (
         {"freeze_depth": 0, "freeze": ["layer[123].*", "layer4.1.conv1.*"]},
-        changed_config("freeze_as", freeze=["layer[123].*", "layer4.1.conv2.*"]),
+        changed_config("apply_freezing", freeze=["layer[123].*", "layer4.1.conv2.*"]),
         "asked: layer4.1.conv2.weight is not trained; layer4.1.conv1.weight is trained$",
     ),
     "stage thawed": ({}, changed_model(lambda m: m.freeze(3)), "frozen_parameters is .*, not"),
     "stage frozen": ({}, changed_model(lambda m: m.freeze(5)), "trainable_parameters is .*, not"),
     "nothing frozen": (
         {},
-        changed_config("freeze_as", freeze_depth=0),
+        changed_config("apply_freezing", freeze_depth=0),
         f"trainable_parameters is {WHOLE}, not {LAYER4 + HEAD}",
     ),
     "patterns ignored": (
         {"freeze_depth": 0, "freeze": ["layer[123].*", "*.bn?.*"]},
-        changed_config("freeze_as", freeze=[]),
+        changed_config("apply_freezing", freeze=[]),
         f"trainable_parameters is {WHOLE}, not",
     ),
     "one pattern ignored": (
         {"freeze_depth": 0, "freeze": ["layer[123].*", "layer4.1.bn2.*"]},
-        changed_config("freeze_as", freeze=["layer[123].*"]),
+        changed_config("apply_freezing", freeze=["layer[123].*"]),
         "frozen_parameters is .*, not",
     ),
     "parameter frozen": (
@@ -812,7 +857,7 @@ BROKEN: dict[str, tuple[dict[str, Any], Broken, str]] = {
     ),
     "frozen BatchNorm ignored": (
         {"frozen_batchnorm": "train"},
-        changed_config("freeze_as", frozen_batchnorm="eval"),
+        changed_config("apply_freezing", frozen_batchnorm="eval"),
         "frozen_batchnorm is 'eval', not 'train'$",
     ),
     "one frozen BatchNorm follows the data": (
@@ -891,7 +936,7 @@ def keep_the_old(old: torch.optim.Optimizer, *args: object) -> torch.optim.Optim
 def at_one_rate(
     old: torch.optim.Optimizer, model: StagedModel, config: TrialConfig
 ) -> torch.optim.Optimizer:
-    return build_optimizer(model, replace(config, lr_ratio=1.0))
+    return rebuild_optimizer(old, model, replace(config, lr_ratio=1.0))
 
 
 def without_warm_up(
@@ -909,7 +954,26 @@ def unfreeze_nothing(model: StagedModel, config: TrialConfig, epoch: int) -> boo
     return False
 
 
+def forget_momentum(
+    old: torch.optim.Optimizer, model: StagedModel, config: TrialConfig
+) -> torch.optim.Optimizer:
+    return build_optimizer(model, config)
+
+
+class NoReplay(Running):
+    def replay(self, history: object) -> None:
+        pass
+
+
 BROKEN_UNFREEZING: dict[str, tuple[Broken, str]] = {
+    "momentum forgotten": (
+        {"tuneapp.checkpoint.rebuild_optimizer": forget_momentum},
+        "the optimizer's state of 2 parameters was lost by unfreezing",
+    ),
+    "schedule begun anew": (
+        {"tuneapp.checkpoint.Schedule": NoReplay},
+        "lr of layer4 was 5e-05 at update 1, not 0.00",
+    ),
     "optimizer not rebuilt": (
         {"tuneapp.checkpoint.rebuild_optimizer": keep_the_old},
         f"trainable_parameters is {HEAD}, not {LAYER4 + HEAD}",
@@ -923,11 +987,11 @@ BROKEN_UNFREEZING: dict[str, tuple[Broken, str]] = {
         "warmup_steps is 0, not 2$",
     ),
     "more unfrozen than asked": (
-        {"tuneapp.checkpoint.freeze_as": unfreeze_all},
+        {"tuneapp.checkpoint.apply_freezing": unfreeze_all},
         f"trainable_parameters is {WHOLE}, not ({HEAD}|{LAYER4 + HEAD});",
     ),
     "nothing unfrozen": (
-        {"tuneapp.checkpoint.freeze_as": unfreeze_nothing},
+        {"tuneapp.checkpoint.apply_freezing": unfreeze_nothing},
         f"trainable_parameters is {HEAD}, not {LAYER4 + HEAD}",
     ),
 }
@@ -965,3 +1029,21 @@ def test_the_same_trial_with_its_own_builders_goes_through(
         assert applied["warmup_steps"] == warmup_steps(config, 3) == 2
         assert (applied["device"], applied["precision"]) == ("cpu", "float32")
         assert (applied["ema_decay"], applied["channels_last"]) == (0.9, True)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "maxvit_t"),
+        *("inception_v3", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf"),
+        *("resnet18", "shufflenet_v2_x0_5", "squeezenet1_1", "swin_t", "swin_v2_t", "vgg11_bn"),
+        *("vit_b_16", "timm:convnext_atto", "timm:vit_tiny_patch16_224"),
+        *("timm:swinv2_tiny_window8_256", "timm:levit_128s"),
+    ],
+)
+def test_both_rules_of_what_is_not_decayed_agree(model: str) -> None:
+    network = skeleton(model).network
+    by_name = dict(network.named_parameters())
+    built = {id(by_name[name]) for name in undecayed_names(network)}
+    assert built == _wanted_undecayed(network)
+    assert 0 < len(built) < len(by_name)

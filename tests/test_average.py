@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from tuneapp.average import WeightAverage
 from tuneapp.config import Sgd, TrialConfig
 from tuneapp.families import RESNET
-from tuneapp.models import freeze_as
+from tuneapp.models import apply_freezing
 from tuneapp.staged import StagedModel
 
 CONFIG = TrialConfig(model="resnet18", optimizer=Sgd(lr=0.1), freeze_depth=4, unfreeze_at={2: 2})
@@ -23,7 +23,7 @@ def staged(config: TrialConfig = CONFIG) -> StagedModel:
         setattr(net, f"layer{i}", nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
     net.avgpool, net.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(4, 3)
     model = StagedModel(net, RESNET)
-    freeze_as(model, config)
+    apply_freezing(model, config)
     return model
 
 
@@ -198,7 +198,7 @@ def test_the_average_follows_what_is_unfrozen_later_and_stays_in_evaluation(
     model = staged(config)
     average = WeightAverage(model, 0.9)
     average.update(model)
-    assert freeze_as(model, config, epoch=2)
+    assert apply_freezing(model, config, epoch=2)
     with torch.no_grad():
         for stage in model.stages[2:]:
             for parameter in stage.parameters():

@@ -63,26 +63,31 @@ def negative(epoch, config):
 
 # What is wrong -> words of the one line that says so.
 MISTAKES = {
-    '"model": "resnet81"': ["model 'resnet81' is unknown", "did you mean 'resnet18'?", "known:"],
+    '"model": "resnet81"': ["model 'resnet81' is unknown", "did you mean 'resnet18'?", "families:"],
     '"model": "own_things:nothing"': ["model 'own_things:nothing'", "has no nothing"],
     '"model": "no_such_module:build"': ["model 'no_such_module:build'", "cannot import"],
-    '"model": "own_things:no_network"': ["returned str, no nn.Module"],
-    '"model": "own_things:stray"': ["Stray", "two.weight is in none", "stages()"],
+    '"model": "own_things:no_network"': ["(num_classes) must return an nn.Module, got str"],
+    '"model": "own_things:stray"': ["Stray", "two.weight belongs to none", "stages()"],
     '"model": "own_things:flat"': ["own_things:flat", "32 x 32 pixels", "shapes cannot"],
     '"model": "own_things:pair"': ["while training", "returned tuple, not logits (2, 10)"],
     '"schedule": OneCycle(), "epochs": 1, "batch_size": 16': ["OneCycle needs 3", "has 2"],
     '"schedule": Cosine(warmup_epochs=1)': ["Cosine has no warmup_epochs; it has warmup_fraction"],
-    '"freeze": ["fc.*"]': ["freezes the head, which is new: fc.weight"],
-    '"freeze_depth": 0, "unfreeze_at": {2: 0}': ["nothing is frozen by then; set freeze_depth"],
+    '"freeze": ["fc.*"]': ["freezes fc.weight, but the head"],
+    '"freeze_depth": 0, "unfreeze_at": {2: 0}': ["nothing is frozen before it; set freeze_depth"],
     '"model": "alexnet"': ["alexnet cannot take images of 32 x 32", "64 is possible"],
     '"lr_ratio": {"layer4": 0.1, "laier3": 0.1}': [
         "lr_ratio must name the trained stages of resnet18: stem, layer1",
         "unknown: laier3",
-        "missing: head, layer1",
+        "missing: stem, layer1",
     ],
-    '"schedule": "cosin"': ["schedule must be one of Constant, Step", "got 'cosin'", "'Cosine'"],
-    '"optimizer": "adam"': ["optimizer must be one of Sgd, Adam", "got 'adam'"],
-    '"loss": "focal"': ["loss must be one of CrossEntropy, Focal", "got 'focal'", "'Focal'"],
+    '"schedule": "cosin"': ["schedule must be one of Constant", "got 'cosin'", "mean Cosine()?"],
+    '"optimizer": "adam"': ["optimizer must be one of Sgd, Adam", "did you mean Adam(lr=...)?"],
+    '"schedule": Cosine': ["schedule must be one of", "did you forget the brackets: Cosine()?"],
+    '"preprocess": Preprocess(mean=[124, 116, 104])': ["mean must be", "divide by 255"],
+    '"weights": "https://x.org/w.pth"': ["a URL is not accepted: download the file"],
+    '"model": "./own_things.py:flat"': ["write an import path: own_things:flat"],
+    '"freeze": "layer1.*"': ["freeze must be a list", "write ['layer1.*']"],
+    '"loss": "focal"': ["loss must be one of CrossEntropy, Focal", "got 'focal'", "mean Focal()?"],
     '"schedule": Cosin()': ["NameError", "Cosin"],
     '"schedule": OwnSchedule(factor="own_things:negative")': [
         "schedule 'own_things:negative'",
@@ -97,9 +102,9 @@ MISTAKES = {
     '"freeze": ["layer9.*"]': ["freeze 'layer9.*' matches no parameter of resnet18"],
     '"freeze": ["*"]': ["leaves nothing of resnet18 to train"],
     '"freeze_depth": 2, "unfreeze_at": {2: 3}': ["unfreeze_at epoch 2: depth 3 must be less"],
-    '"freeze_depth": 2, "unfreeze_at": {9: 0}': ["unfreeze_at must be epochs up to 2, got [9]"],
-    '"lr_ratio": 0': ["lr_ratio must be in (0, 1]", "got 0"],
-    '"lr_ratio": -0.5': ["lr_ratio must be in (0, 1]", "got -0.5"],
+    '"freeze_depth": 2, "unfreeze_at": {9: 0}': ["epoch 9 is after the last of 2 epochs"],
+    '"lr_ratio": 0': ["lr_ratio must be a number in (0, 1]", "got 0"],
+    '"lr_ratio": -0.5': ["lr_ratio must be a number in (0, 1]", "got -0.5"],
     '"head_lr_factor": 0': ["head_lr_factor must be a number > 0", "got 0"],
     '"schedule": Cosine(warmup_fraction=1.5)': [
         "Cosine: warmup_fraction must be a share of the training in [0, 1)",
@@ -112,7 +117,7 @@ MISTAKES = {
     '"dropout": 0.5': ["dropout: resnet18 has no dropout layers"],
     '"stochastic_depth": 0.1': ["stochastic_depth: resnet18 has none"],
     '"aux_weight": 0.4': ["aux_weight: resnet18 has no auxiliary classifiers"],
-    '"clip_norm": 1.0, "clip_value": 1.0': ["clip_norm and clip_value: give one of them"],
+    '"clip_norm": 1.0, "clip_value": 1.0': ["give either clip_norm or clip_value, not both"],
 }
 
 
@@ -142,6 +147,16 @@ def test_a_mistake_is_one_line_before_any_trial_starts(
     for words in told:
         assert words in error
     assert not (folder / "runs").exists()
+
+
+def test_a_mistake_in_the_values_of_a_field_is_told_with_its_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "space.py").write_text(SPACE.format(wrong='"epochs": 0'))
+    monkeypatch.chdir(folder)
+    assert main(["show", "space.py"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("tuneapp: error: space.py:6: TrialConfig: epochs must be")
 
 
 def test_the_same_space_without_a_mistake_trains(

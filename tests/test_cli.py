@@ -1,5 +1,6 @@
 """The command line as a user meets it: exit codes, one-line errors, and the same numbers again."""
 
+import importlib.metadata
 import io
 import os
 import re
@@ -62,7 +63,7 @@ def test_every_command_and_option_has_a_help_text(capsys: pytest.CaptureFixture[
         assert options
         for option in options:
             after = text.split(option, 1)[1][:200]
-            assert re.search(r"[A-Z][a-z]+|auto:|default", after), (command, option)
+            assert re.search(r"[A-Z]-?[a-z]+|default", after), (command, option)
 
 
 def test_show_names_ranges_conditions_and_recipes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,24 +128,38 @@ BAD_INPUT = [
     (["show"], ["either SPACE or --model NAME"]),
     (["show", "SPACE", "--model", "resnet18"], ["either SPACE or --model NAME"]),
     (["show", "SPACE", "--image-size", "64"], ["--image-size 64", "goes with --model NAME"]),
+    (["show", "resnet18"], ["resnet18: no such search-space file; did you mean: show --model"]),
+    (["show", "--model", "resnet18", "--image-size", "8"], ["--image-size 8: must be at least 16"]),
     (["show", "--model", "resnet81"], ["'resnet81' is unknown", "did you mean 'resnet18'?"]),
     (["show", "--model", "nothing:build"], ["'nothing:build'", "cannot import nothing"]),
     (["show", "--model", "vgg11", "--image-size", "20"], ["20 x 20", "--image-size 32"]),
     (["sweep", "nothing.py"], ["nothing.py", "no such search-space file"]),
+    (["sweep", "nothing.txt"], ["nothing.txt", "no such search-space file"]),
+    (["sweep", "."], ["is a folder; give a file in it: space.py"]),
     (["sweep", "SPACE", "--trials", "0"], ["--trials 0", "at least 1"]),
-    (["sweep", "SPACE", "--epochs", "0"], ["epochs", ">= 1", "got 0"]),
+    (["sweep", "SPACE", "--epochs", "0"], ["--epochs 0: must be a whole number >= 1"]),
+    (["sweep", "SPACE", "--seed", "-1"], ["--seed -1: must be a whole number >= 0"]),
+    (["sweep", "SPACE", "--folds", "1"], ["--folds 1: must be a whole number >= 2"]),
+    (["sweep", "SPACE", "--metric", "val/acuracy"], ["--metric 'val/ac", "mean 'val/accuracy'?"]),
+    (["sweep", "SPACE", "--data", ".", "--label-regex", "("], ["--label-regex '(': must be a reg"]),
     (["sweep", "SPACE", "--time-budget", "soon"], ["--time-budget soon", "30m"]),
+    (["sweep", "SPACE", "--time-budget", "30"], ["--time-budget 30", "did you mean 30m?"]),
     (["sweep", "SPACE", "--concurrent", "99999"], ["--concurrent 99999", "CPU cores"]),
     (["sweep", "SPACE", "--data", "no/such/folder"], ["no/such/folder", "no such folder"]),
-    (["sweep", "SPACE", "--name", "../outside"], ["../outside", "not allowed"]),
-    (["sweep", "SPACE", "--image-size", "3"], ["image_size", ">= 16", "got 3"]),
+    (["sweep", "SPACE", "--name", "../outside"], ["--name '../outside'", "not allowed"]),
+    (["sweep", "SPACE", "--runs-dir", "space.py/x"], ["--runs-dir space.py/x", "Not a directory"]),
+    (["sweep", "SPACE", "--image-size", "3"], ["--image-size 3: must be a whole number >= 16"]),
     (["sweep", "SPACE", "--device", "cuda"], ["--device cuda", "no GPU"]),
     (["train", "SPACE", "--set", "lr_ration=0.5"], ["lr_ration", "did you mean 'lr_ratio'?"]),
     (["train", "SPACE", "--set", "lr_ratio=7"], ["lr_ratio=7", "0.1 to 1, log"]),
     (["train", "SPACE", "--set", "optimizer=adagrad"], ["optimizer=adagrad", "adamw | sgd"]),
     (["train", "SPACE", "--set", "freeze_depth"], ["--set freeze_depth", "NAME=VALUE"]),
-    (["train", "SPACE", "--set", "optimizer=sgd"], ["no value for 'sgd.lr'", "--set sgd.lr="]),
+    (["train", "SPACE", "--set", "lr_ratio=1", "--set", "lr_ratio=1"], ["lr_ratio: given twice"]),
+    (["train", "SPACE", "--set", "epochs=1"], ["--set epochs: ", "--epochs N"]),
     (["train"], ["SPACE or --from RUN"]),
+    (["train", "--trial", "best"], ["--trial goes with --from RUN"]),
+    (["train", "SPACE", "--trial", "best"], ["--trial goes with --from RUN"]),
+    (["train", "SPACE", "--name", "a/b"], ["--name 'a/b'", "not allowed"]),
     (["train", "--from", "nowhere"], ["nowhere", "not a run directory"]),
     (["resume", "nowhere"], ["nowhere", "not a run directory"]),
     (["summary", "nowhere"], ["nowhere", "not a run directory"]),
@@ -174,9 +189,132 @@ def test_bad_input_gets_one_line_and_leaves_nothing(
     assert not list(tmp_path.glob("runs/*"))
 
 
-def test_a_wrong_flag_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["sweep", str(RESNET), "--trails", "3"]) == 2
-    assert "--trails" in capsys.readouterr().err
+SWEEP = "(python -m tuneapp sweep --help)"
+COMMANDS = (
+    "sweep, resume, extend, refine, train, show, lr-range, verify-resume, final-test, summary, "
+    "doctor"
+)
+USAGE = [
+    ("sweep S --trails 3", f"--trails: no such option; did you mean '--trials'? {SWEEP}"),
+    ("sweep S --zzzzzz 3", f"--zzzzzz: no such option {SWEEP}"),
+    ("sweep S --trials abc", f"--trials 'abc': must be a whole number {SWEEP}"),
+    ("sweep S --trials 1 --trials=1.5", f"--trials 1.5: must be a whole number {SWEEP}"),
+    ("sweep S --trials -2", f"--trials -2: must be at least 1 {SWEEP}"),
+    ("sweep S --gpus-per-trial x", f"--gpus-per-trial 'x': must be a number {SWEEP}"),
+    ("sweep S --trials", f"--trials: needs a value {SWEEP}"),
+    ("sweep S --dashboard=1", f"--dashboard: takes no value {SWEEP}"),
+    ("sweep S --device gppu", f"--device 'gppu': must be one of auto, cpu, cuda {SWEEP}"),
+    (
+        "sweep S --bad-images drp",
+        f"--bad-images 'drp': must be one of drop, substitute, error; did you mean 'drop'? {SWEEP}",
+    ),
+    ("sweep", f"SPACE: missing {SWEEP}"),
+    ("sweep S T", f"T: unexpected; the command takes no more arguments {SWEEP}"),
+    (
+        "sumary RUN",
+        f"sumary: no such command; did you mean 'summary'?; there are {COMMANDS} "
+        "(python -m tuneapp --help)",
+    ),
+    ("--verson", "--verson: no such option; did you mean '--version'? (python -m tuneapp --help)"),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), USAGE, ids=lambda text: text[:30])
+def test_a_wrong_command_line_is_told_in_one_line_with_what_was_typed(
+    words: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words.split()) == 2
+    read = capsys.readouterr()
+    assert (read.out, read.err) == ("", f"tuneapp: error: {said}\n")
+
+
+def test_the_help_cuts_no_summary_at_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert "Resume RUN where it stopped." in text
+    assert "..." not in text.replace("[ARGS]...", "")
+    assert main([]) == 2  # nothing was asked
+    assert capsys.readouterr().out == text
+
+
+def test_the_versions_are_told_without_importing_what_they_are_of() -> None:
+    code = (
+        "import sys; from tuneapp.cli import main; code = main(['--version']); "
+        "print(code, {'torch', 'ray'} & set(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "0 set()"
+    told = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert list(told) == ["tuneapp", "Python", "torch", "ray"]
+    assert told["torch"] == importlib.metadata.version("torch")
+
+
+REFUSED_EARLY = {
+    "broken branch": ("epochs=4", "epochs=0", [], "epochs must be a whole number >= 1"),
+    "recipe": ('"freeze_depth": 5, ', "", [], "number 1: has no value for 'freeze_depth'"),
+    "misspelled": ("FIRST_TRIALS", "FIRST_TRIAL", [], "did you mean FIRST_TRIALS?"),
+    "name": ("", "", ["--name", "a/b"], "--name 'a/b'"),
+    "runs": ("", "", ["--runs-dir", "/proc/nope"], "--runs-dir /proc/nope: cannot make a run"),
+}
+
+
+@pytest.mark.parametrize("command", ["sweep", "train"])
+@pytest.mark.parametrize(("old", "new", "words", "said"), REFUSED_EARLY.values(), ids=REFUSED_EARLY)
+def test_bad_input_is_refused_before_torch_and_ray_are_imported(
+    command: str, old: str, new: str, words: list[str], said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "space.py").write_text(SMALL_SPACE.replace(old, new) if old else SMALL_SPACE)
+    code = (
+        f"import sys; from tuneapp.cli import main; print(main({[command, 'space.py', *words]!r}), "
+        "{'torch', 'ray'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert done.stdout.splitlines()[-1] == "2 set()"
+    assert said in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["space.py"]
+
+
+@pytest.mark.parametrize("words", [["verify-resume"], ["lr-range"]])
+def test_the_other_commands_check_a_space_first_too(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "space.py").write_text(SMALL_SPACE.replace('"freeze_depth": 5, ', ""))
+    assert main([*words, str(tmp_path / "space.py")]) == 2
+    assert "FIRST_TRIALS, number 1: has no value for" in capsys.readouterr().err
+
+
+def test_show_checks_the_recipes_and_says_what_it_does_not_check(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "space.py"
+    file.write_text(SMALL_SPACE)
+    assert main(["show", str(file)]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("not checked here: the model, its stages and weights")
+    file.write_text(SMALL_SPACE.replace('"lr_ratio": 1.0', '"lr_ratio": 7.0'))
+    assert main(["show", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert error == (
+        f"tuneapp: error: {file}: FIRST_TRIALS, number 1: lr_ratio=7.0: allowed is 0.1 to 1, log\n"
+    )
+
+
+def test_data_of_a_space_are_named_as_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = "from tuneapp.config import Data\nDATA = Data(source='no/photos')\n"
+    Path("space.py").write_text(SMALL_SPACE + data)
+    assert main(["train", "space.py"]) == 2
+    error = capsys.readouterr().err
+    assert f"DATA in space.py: source {tmp_path / 'no/photos'}: no such folder" in error
+    assert main(["train", "space.py", "--data", "other"]) == 2
+    assert f"error: --data {tmp_path / 'other'}: no such folder" in capsys.readouterr().err
 
 
 def test_a_branch_that_cannot_be_is_refused_before_any_trial(
@@ -205,8 +343,10 @@ def test_train_sets_values_and_reports_what_it_applied(
     assert main([*words, *values]) == 0
     out = capsys.readouterr().out
     assert "runs/small-train-001" in out
-    shown = " ".join(out.split("applied, read back")[1].split())  # the table folds its cells
-    for value in ("t0001 head=0.02 ", "optimizer=SGD", "device=cpu", "batch_size=8"):
+    assert "python -m tuneapp summary runs/small-train-001 --applied" in out
+    assert main(["summary", "runs/small-train-001", "--applied"]) == 0
+    shown = " ".join(capsys.readouterr().out.split("applied, read back")[1].split())
+    for value in ("t0001", "stages head=0.02 ", "optimizer SGD", "batch size 8", "device cpu"):
         assert value in shown
     events = read_ledger(tmp_path / "runs/small-train-001")
     (applied,) = [e["applied"] for e in events if e["event"] == "applied"]
@@ -275,10 +415,10 @@ def test_summary_shows_the_trials_and_what_was_applied(
     out = capsys.readouterr().out
     ranked, applied = out.split("applied, read back")
     assert len(re.findall(r"^t\d{4} ", ranked, flags=re.MULTILINE)) == 8
-    # What differs stands in a trial's row, what does not below the table.
-    rows = re.findall(r"^t\d{4} .*head=0\.\d+ ", applied, flags=re.MULTILINE)
-    assert len(rows) == 8
-    assert re.search(r"^all       .*schedule=CosineAnnealingLR .*device=cpu", applied, re.MULTILINE)
+    # What differs stands in a trial's row, what does not below the table. Both, best first.
+    rows = re.findall(r"^(t\d{4}) .*head=0\.\d+ ", applied, flags=re.MULTILINE)
+    assert rows == re.findall(r"^(t\d{4}) ", ranked, flags=re.MULTILINE)
+    assert re.search(r"^all       .*schedule CosineAnnealingLR.* device cpu", applied, re.MULTILINE)
     assert (finished_sweep["run"] / "trials.csv").exists()
 
 
@@ -339,6 +479,13 @@ def test_train_from_takes_over_the_split_though_photos_have_come_since(
     assert main(["train", "--from", "runs/first", "--metric", "val/loss", "--name", "other"]) == 0
     assert "best      t0001: val/loss" in capsys.readouterr().out
     assert (tmp_path / "runs/other/split.csv").read_bytes() != (first / "split.csv").read_bytes()
+    # A trial that was taken from a run as it is says so; one with a value that was set does not.
+    (proposed,) = [e for e in read_ledger(again) if e["event"] == "proposed"]
+    assert proposed["origin"] == "first/t0001"
+    words_set = ["--set", "lr_ratio=0.5", "--name", "set", "--epochs", "1"]
+    assert main(["train", "--from", "runs/first", *words_set]) == 0
+    (proposed,) = [e for e in read_ledger(tmp_path / "runs/set") if e["event"] == "proposed"]
+    assert proposed["origin"] == "set"
     # What cannot have an effect is refused, not ignored.
     assert main([*words, "--trial", "t0001"]) == 2
     assert main(["resume", "runs/first", "--dashboard"]) == 2

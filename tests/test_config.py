@@ -5,6 +5,7 @@ import math
 from types import MappingProxyType
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -44,12 +45,14 @@ from tuneapp.config import (
     is_reference,
 )
 from tuneapp.errors import ConfigError
+from tuneapp.families import FAMILIES
 
 NAN, INF = float("nan"), float("inf")
 ABOVE_ZERO, AT_LEAST_ZERO = "a number > 0", "a number >= 0"
 FRACTION = "a number in [0, 1)"
+NOT_TINY = "a number >= 1e-06"
 SHARE = "a share of the training in [0, 1)"
-BETWEEN, SHARE_OF_ONE = "a number in (0, 1)", "in (0, 1]"
+BETWEEN, SHARE_OF_ONE = "a number in (0, 1)", "a number in (0, 1]"
 WHOLE = "a whole number >= 1"
 PATH = "an import path such as 'package.module:name'"
 GOOD = {
@@ -160,6 +163,7 @@ BAD = [
                 "one of 'val/accuracy', 'val/balanced_accuracy', 'val/loss', 'val/macro_f1'",
                 ["loss", "train/loss", None, 1],
             ),
+            (Plateau, "min_factor", FRACTION, NOT_A_FRACTION),
             (OwnSchedule, "factor", PATH, [*NOT_A_PATH, len]),
             (CrossEntropy, "label_smoothing", FRACTION, NOT_A_FRACTION),
             (
@@ -183,10 +187,10 @@ BAD = [
             (Focal, "alpha", FRACTION, [-0.1, 1, NAN, False, "0"]),
             (BinaryCrossEntropy, "label_smoothing", FRACTION, NOT_A_FRACTION),
             (BinaryCrossEntropy, "pos_weight", ABOVE_ZERO, NOT_ABOVE_ZERO),
-            (Dice, "smooth", ABOVE_ZERO, NOT_ABOVE_ZERO),
+            (Dice, "smooth", NOT_TINY, [*NOT_ABOVE_ZERO, 9.9e-7]),
             (BceDice, "dice_weight", FRACTION, NOT_A_FRACTION),
-            (BceDice, "smooth", ABOVE_ZERO, NOT_ABOVE_ZERO),
-            (Iou, "smooth", ABOVE_ZERO, NOT_ABOVE_ZERO),
+            (BceDice, "smooth", NOT_TINY, [*NOT_ABOVE_ZERO, 9.9e-7]),
+            (Iou, "smooth", NOT_TINY, [*NOT_ABOVE_ZERO, 9.9e-7]),
             (OwnLoss, "loss", PATH, [*NOT_A_PATH, len]),
             (
                 OwnLoss,
@@ -197,13 +201,16 @@ BAD = [
             (
                 Preprocess,
                 "mean",
-                "None or three numbers",
-                [0.5, [0.5], [0.5] * 4, [0.5, 0.5, NAN], [0.5, 0.5, "0"], "abc", {1, 2, 3}],
+                "None or three numbers in [0, 1]",
+                [
+                    *(0.5, [0.5], [0.5] * 4, [0.5, 0.5, NAN], [0.5, 0.5, "0"], "abc", {1, 2, 3}),
+                    [0.5, 0.5, -0.1],
+                ],
             ),
             (
                 Preprocess,
                 "std",
-                "None or three numbers > 0",
+                "None or three numbers in (0, 1]",
                 [0.5, [0.5] * 2, [0.5, 0.5, 0], [0.5, -1, 0.5], [0.5, 0.5, INF]],
             ),
             (
@@ -261,13 +268,13 @@ BAD = [
             (
                 TrialConfig,
                 "accumulation_steps",
-                "a whole number from 1 to batch_size",
-                [0, -1, 33, 1.5, "2", True],
+                "a whole number from 1 to half of batch_size (each part has at least 2 examples)",
+                [0, -1, 17, 1.5, "2", True],
             ),
             (
                 TrialConfig,
                 "lr_ratio",
-                "in (0, 1], or a mapping stage -> factor",
+                "a number in (0, 1], or a mapping stage -> factor",
                 [0, -0.5, 1.1, NAN, INF, True, "0.5", None],
             ),
             (RunSettings, "seed", "a whole number >= 0", [-1, 0.5, True, None]),
@@ -301,10 +308,9 @@ def test_the_good_values_of_these_tests_are_allowed(kind):
 def test_a_wrong_value_is_named_with_its_field_and_what_is_allowed(kind, name, value, allowed):
     with pytest.raises(ConfigError) as caught:
         kind(**{**GOOD[kind], name: value})
-    said = name.removeprefix("max_")  # the flag is --epochs
     begin, _, mistakes = str(caught.value).partition(": ")
     assert begin == kind.__name__
-    assert f"{said} must be {allowed}, got {value!r}" in mistakes.split("; ")
+    assert f"{name} must be {allowed}, got {value!r}" in mistakes.split("; ")
 
 
 @pytest.mark.parametrize(
@@ -327,6 +333,7 @@ def test_a_wrong_value_is_named_with_its_field_and_what_is_allowed(kind, name, v
         (Cyclic, "base_factor", 1e-9),
         (Cyclic, "mode", "triangular2"),
         (Plateau, "patience", 0),
+        (Plateau, "min_factor", 0.999),
         (Plateau, "threshold", 0),
         (Plateau, "factor", 0.999),
         (Plateau, "monitor", "val/accuracy"),
@@ -338,9 +345,10 @@ def test_a_wrong_value_is_named_with_its_field_and_what_is_allowed(kind, name, v
         (Focal, "alpha", None),
         (Focal, "alpha", 0),
         (BceDice, "dice_weight", 0),
+        (Dice, "smooth", 1e-6),
         (OwnLoss, "options", {"gamma": 2, "words": ["any"]}),
         (Preprocess, "mean", (0, 0.5, 1)),
-        (Preprocess, "std", [1e-3, 1, 2]),
+        (Preprocess, "std", [1e-3, 1, 0.5]),
         (Preprocess, "interpolation", "nearest"),
         (Preprocess, "resize_size", 16),
         (OneCycle, "pct_start", 1e-9),
@@ -359,7 +367,8 @@ def test_a_wrong_value_is_named_with_its_field_and_what_is_allowed(kind, name, v
         (TrialConfig, "image_size", 16),
         (TrialConfig, "weights", None),
         (TrialConfig, "clip_norm", 1e-9),
-        (TrialConfig, "accumulation_steps", 32),
+        (TrialConfig, "accumulation_steps", 16),
+        (TrialConfig, "batch_size", 1),
         (TrialConfig, "lr_ratio", 1),
         (TrialConfig, "lr_ratio", {"head": 7}),
         (RunSettings, "max_epochs", 1),
@@ -376,6 +385,85 @@ def test_nesterov_wants_momentum():
     assert Sgd(lr=0.1, momentum=0.5, nesterov=True).nesterov
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "interval"),
+    [("mean", [123.7, 116.3, 103.5], "[0, 1]"), ("std", (58.4, 57.1, 57.4), "(0, 1]")],
+)
+def test_statistics_of_pixels_up_to_255_are_told_to_be_divided(name, value, interval):
+    with pytest.raises(ConfigError) as caught:
+        Preprocess(**{name: value})
+    assert str(caught.value) == (
+        f"Preprocess: {name} must be None or three numbers in {interval}, got {value!r}: "
+        "pixels are in [0, 1]; divide by 255"
+    )
+
+
+@pytest.mark.parametrize("entry", ["DEFAULT", "IMAGENET1K_V1", "IMAGENET1K_V2"])
+def test_an_entry_of_torchvision_s_weights_stands_for_its_name(entry):
+    given = torchvision.models.ResNet50_Weights[entry]
+    config = TrialConfig(model="resnet50", optimizer=Sgd(lr=0.1), weights=given)
+    written = TrialConfig(model="resnet50", optimizer=Sgd(lr=0.1), weights=given.name)
+    assert config == written
+    assert type(config.weights) is str
+    assert canonical_json(config.as_dict()) == canonical_json(written.as_dict())
+    assert dataclasses.replace(config, epochs=3).weights == given.name
+
+
+@pytest.mark.parametrize("model", FAMILIES)
+def test_the_entries_of_every_network_of_torchvision_are_known(model):
+    entry = torchvision.models.get_model_weights(model).DEFAULT
+    assert TrialConfig(model=model, optimizer=Sgd(lr=0.1), weights=entry).weights == entry.name
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        torchvision.models.ResNet50_Weights.IMAGENET1K_V2,
+        torchvision.models.quantization.ResNet18_QuantizedWeights.DEFAULT,
+    ],
+)
+def test_an_entry_of_another_network_s_weights_is_refused(entry):
+    with pytest.raises(ConfigError) as caught:
+        TrialConfig(**GOOD[TrialConfig] | {"weights": entry})
+    assert str(caught.value) == (
+        f"TrialConfig: weights {entry} are not those of resnet18; write weights={entry.name!r}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "told"),
+    [
+        ("freeze", "freeze must be a list of patterns of parameter names"),
+        ("augment", "augment must be one of 'none', "),
+        ("sampling", "sampling must be one of 'shuffle', "),
+        ("replacement", "replacement must be True or False"),
+        ("amp", "amp must be one of 'auto', "),
+        ("lr_ratio", "lr_ratio must be a number in (0, 1]"),
+        ("head_lr_factor", "head_lr_factor must be a number > 0"),
+        ("unfreeze_at", "unfreeze_at must be a mapping"),
+        ("weights", "weights must be None, a name or a path"),
+        ("model", "model must be a name or an import path"),
+        ("mixup_alpha", "mixup_alpha must be a number >= 0"),
+        ("schedule", "schedule must be one of Constant, "),
+        ("preprocess", "preprocess must be a Preprocess(...)"),
+        ("epochs", "epochs must be a whole number >= 1"),
+    ],
+)
+@pytest.mark.parametrize("array", [np.ones(1000), torch.ones(30, 30)], ids=["numpy", "torch"])
+def test_an_array_is_a_mistake_like_any_other(field, told, array):
+    with pytest.raises(ConfigError) as caught:
+        TrialConfig(**GOOD[TrialConfig] | {"batch_size": 1, field: array})
+    assert str(caught.value).startswith(f"TrialConfig: {told}")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("name", ["mean", "std", "interpolation", "resize_size"])
+def test_an_array_as_preprocessing_is_a_mistake_like_any_other(name):
+    with pytest.raises(ConfigError, match=f"^Preprocess: {name} must be None or "):
+        Preprocess(**{name: np.ones(3)})
+
+
 @pytest.mark.parametrize("factor", [0, -1.0, NAN, "0.5", True, None])
 def test_a_wrong_factor_of_a_stage_is_named_and_a_right_one_is_not(factor):
     with pytest.raises(ConfigError) as caught:
@@ -390,13 +478,12 @@ CHOICES = {
     "schedule": "Constant, Step, MultiStep, Exponential, Polynomial, Cosine, CosineRestarts, "
     "OneCycle, Cyclic, Plateau, OwnSchedule",
     "loss": "CrossEntropy, Focal, BinaryCrossEntropy, Dice, BceDice, Iou, OwnLoss",
-    "preprocess": "Preprocess",
 }
 
 
 @pytest.mark.parametrize(("name", "known"), CHOICES.items())
 @pytest.mark.parametrize(
-    "value", [None, {"lr": 0.1}, AdamW, RunSettings(), torch.nn.CrossEntropyLoss(), 3]
+    "value", [None, {"lr": 0.1}, RunSettings, Preprocess(), torch.nn.CrossEntropyLoss(), 3]
 )
 def test_the_parts_of_a_trial_must_be_objects_of_ours(name, known, value):
     with pytest.raises(ConfigError) as caught:
@@ -409,23 +496,84 @@ def test_the_parts_of_a_trial_must_be_objects_of_ours(name, known, value):
 @pytest.mark.parametrize(
     ("name", "value", "meant"),
     [
-        ("optimizer", "AdaW", "AdamW"),
-        ("optimizer", "Rmsprop", "RmsProp"),
+        ("optimizer", "AdaW", "AdamW(lr=...)"),
+        ("optimizer", "adamw", "AdamW(lr=...)"),
+        ("optimizer", "Rmsprop", "RmsProp(lr=...)"),
         ("optimizer", "quantum", None),
-        ("schedule", "OneCycleLR", "OneCycle"),
-        ("schedule", "cosine", "Cosine"),
-        ("schedule", "MultiStepLR", "MultiStep"),
+        ("schedule", "OneCycleLR", "OneCycle()"),
+        ("schedule", "cosine", "Cosine()"),
+        ("schedule", "MultiStepLR", "MultiStep(milestones=...)"),
         ("schedule", "zigzag", None),
-        ("loss", "CrossEntropyLoss", "CrossEntropy"),
-        ("loss", "FocalLoss", "Focal"),
-        ("preprocess", "preprocess", "Preprocess"),
+        ("loss", "CrossEntropyLoss", "CrossEntropy()"),
+        ("loss", "FocalLoss", "Focal()"),
     ],
 )
-def test_a_name_in_the_place_of_an_object_is_met_with_the_nearest_one(name, value, meant):
+def test_a_name_instead_of_an_object_is_met_with_the_nearest_one(name, value, meant):
     with pytest.raises(ConfigError) as caught:
         TrialConfig(**GOOD[TrialConfig] | {name: value})
-    hint = f"; did you mean {meant!r}?" if meant else ""
+    hint = f"; did you mean {meant}?" if meant else ""
     assert str(caught.value).endswith(f" from tuneapp.config, got {value!r}{hint}")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "call"),
+    [
+        ("schedule", Cosine, "Cosine()"),
+        ("schedule", CosineRestarts, "CosineRestarts(first_epochs=...)"),
+        ("optimizer", AdamW, "AdamW(lr=...)"),
+        ("loss", CrossEntropy, "CrossEntropy()"),
+    ],
+)
+def test_a_class_instead_of_an_object_is_met_with_its_brackets(name, kind, call):
+    with pytest.raises(ConfigError) as caught:
+        TrialConfig(**GOOD[TrialConfig] | {name: kind})
+    assert str(caught.value).endswith(
+        f" from tuneapp.config, got {kind!r}; did you forget the brackets: {call}?"
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "hint"),
+    [({"mean": [0.5] * 3}, ""), (None, ""), (Preprocess, "; did you forget the brackets?")],
+)
+def test_a_preprocessing_must_be_an_object_of_ours(value, hint):
+    with pytest.raises(ConfigError) as caught:
+        TrialConfig(**GOOD[TrialConfig] | {"preprocess": value})
+    assert str(caught.value) == (
+        f"TrialConfig: preprocess must be a Preprocess(...), got {value!r}{hint}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("helpers.py:build", "helpers:build"),
+        ("./helpers.py:build", "helpers:build"),
+        ("search_spaces/own_network.py:build", "search_spaces.own_network:build"),
+        ("search_spaces/own_network:build", "search_spaces.own_network:build"),
+        ("/home/me/helpers.py:build", "helpers:build"),
+        ("../helpers.py:build", "helpers:build"),
+        ("my-code/helpers.py:build", "helpers:build"),
+    ],
+)
+def test_a_file_instead_of_an_import_path_is_told_what_to_write(written, meant):
+    for kind, name in (
+        (TrialConfig, "model"),
+        (TrialConfig, "augment"),
+        (OwnLoss, "loss"),
+        (OwnSchedule, "factor"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            kind(**{**GOOD[kind], name: written})
+        assert str(caught.value) == (
+            f"{kind.__name__}: {name} {written!r} is a path of a file; write an import path: "
+            f"{meant}"
+        )
+
+
+def test_a_single_pattern_is_told_to_be_put_into_a_list():
+    with pytest.raises(ConfigError, match=r"got 'layer1\.\*'; write \['layer1\.\*'\]$"):
+        TrialConfig(**GOOD[TrialConfig] | {"freeze": "layer1.*"})
 
 
 def test_several_wrong_parts_are_told_at_once():
@@ -433,7 +581,7 @@ def test_several_wrong_parts_are_told_at_once():
         TrialConfig(model="resnet18", optimizer=1, schedule=2, loss=3)
 
 
-def test_a_schedule_in_the_place_of_an_optimizer_is_none():
+def test_a_schedule_is_not_an_optimizer():
     with pytest.raises(ConfigError, match=r"optimizer must be one of Sgd, .*got Cosine\(warm"):
         TrialConfig(model="resnet18", optimizer=Cosine())
 
@@ -446,20 +594,25 @@ def test_a_schedule_in_the_place_of_an_optimizer_is_none():
     [
         (
             {"freeze": ["layer1.*"], "freeze_depth": 1},
-            "freeze names parameters: give it, or freeze_depth and unfreeze_at",
+            "give either freeze, or freeze_depth and unfreeze_at, not both",
         ),
         (
             {"freeze": ["layer1.*"], "unfreeze_at": {2: 0}},
-            "freeze names parameters: give it, or freeze_depth and unfreeze_at",
+            "give either freeze, or freeze_depth and unfreeze_at, not both",
         ),
         (
             {"lr_ratio": {"head": 1.0}, "head_lr_factor": 2.0},
-            "head_lr_factor goes with a number as lr_ratio; a mapping has its own",
+            "head_lr_factor needs a number as lr_ratio; with a mapping, set the factor of the "
+            "head in it",
         ),
-        ({"clip_norm": 1.0, "clip_value": 1.0}, "clip_norm and clip_value: give one of them"),
+        ({"clip_norm": 1.0, "clip_value": 1.0}, "give either clip_norm or clip_value, not both"),
         (
             {"freeze_depth": 4, "epochs": 4, "unfreeze_at": {2: 3, 5: 2, 9: 1}},
-            "unfreeze_at must be epochs up to 4, got [5, 9]",
+            "unfreeze_at epochs 5, 9 are after the last of 4 epochs",
+        ),
+        (
+            {"freeze_depth": 4, "epochs": 2, "unfreeze_at": {5: 2}},
+            "unfreeze_at epoch 5 is after the last of 2 epochs",
         ),
     ],
 )
@@ -823,3 +976,21 @@ def test_a_wrong_batch_size_is_not_blamed_on_the_accumulation(wrong):
 def test_wrong_types_in_sgd_are_mistakes_of_the_configuration(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         Sgd(lr=0.1, **wrong)
+
+
+@pytest.mark.parametrize("mix", [{"mixup_alpha": 0.2}, {"cutmix_alpha": 1.0}])
+def test_a_batch_of_one_image_cannot_be_mixed(mix):
+    with pytest.raises(ConfigError) as caught:
+        TrialConfig(**GOOD[TrialConfig], batch_size=1, **mix)
+    assert str(caught.value) == (
+        "TrialConfig: mixup_alpha and cutmix_alpha mix a batch: batch_size must be >= 2"
+    )
+    assert TrialConfig(**GOOD[TrialConfig], batch_size=2, **mix).is_mixed
+
+
+@pytest.mark.parametrize(("batch_size", "most"), [(1, 1), (2, 1), (3, 1), (4, 2), (7, 3)])
+def test_each_part_of_a_batch_has_two_examples(batch_size, most):
+    for steps in range(1, most + 1):
+        TrialConfig(**GOOD[TrialConfig], batch_size=batch_size, accumulation_steps=steps)
+    with pytest.raises(ConfigError, match=f"half of batch_size .*got {most + 1}$"):
+        TrialConfig(**GOOD[TrialConfig], batch_size=batch_size, accumulation_steps=most + 1)

@@ -48,6 +48,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"source": ""}, "source must be a path or a name, got ''"),
     ({"source": None}, "source must be a path or a name, got None"),
     ({"source": Path("photos")}, "source must be a path or a name"),
+    ({"source": "./helpers.py:Images"}, "path of a file; write an import path: helpers:Images"),
     ({"source": "photos", "label_regex": "(cat"}, "label_regex must be a regular expression"),
     ({"source": "photos", "label_regex": 3}, "label_regex must be a regular expression, got 3"),
     ({"source": "photos", "group_regex": "[a"}, "group_regex must be a regular expression"),
@@ -109,33 +110,33 @@ OF_TABLES = [
 @pytest.mark.parametrize("source", ["digits", "photos", "torchvision:MNIST", "my.own:Images"])
 def test_what_is_for_tables_is_refused_for_others(field: str, source: str) -> None:
     message = refusal(source=source, **{field: "x"})
-    assert f"{field} goes with a .csv or .parquet table, and source is {source!r}" in message
+    assert f"{field} needs a .csv or .parquet table, and source is {source!r}" in message
 
 
 @pytest.mark.parametrize("source", ["digits", "photos", "t.csv", "my.own:Images"])
 def test_a_data_root_is_for_torchvision_only(source: str) -> None:
     message = refusal(source=source, data_root="x")
-    assert f"data_root goes with torchvision:NAME, and source is {source!r}" in message
+    assert f"data_root needs torchvision:NAME, and source is {source!r}" in message
 
 
 @pytest.mark.parametrize("source", ["t.csv", "t.Parquet", "torchvision:MNIST", "my.own:Images"])
 def test_labels_in_file_names_are_for_folders_only(source: str) -> None:
     message = refusal(source=source, label_regex="x")
-    assert f"label_regex goes with a folder, and source is {source!r}" in message
+    assert f"label_regex needs a folder, and source is {source!r}" in message
 
 
 def test_two_ways_of_saying_the_same_are_refused() -> None:
-    assert "group_regex and group_column: give one of them" in refusal(
+    assert "give either group_regex or group_column, not both" in refusal(
         source="t.csv", group_regex="x", group_column="y"
     )
-    assert "label_separator and several label columns: give one of them" in refusal(
+    assert "give either label_separator or several label columns, not both" in refusal(
         source="t.csv", label_separator=";", label_column=["a", "b"]
     )
 
 
 @pytest.mark.parametrize("source", ["torchvision:MNIST", "my.own:Images"])
 def test_a_group_expression_is_for_images_with_paths(source: str) -> None:
-    assert "group_regex looks at paths, and the images of a Dataset have none" in refusal(
+    assert "group_regex matches paths, and the images of a Dataset have none" in refusal(
         source=source, group_regex="x"
     )
 
@@ -216,7 +217,7 @@ def test_data_of_another_type_are_refused_with_the_way_out(given: str, tmp_path:
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ("DATA = Data(folds=1)", "own_space.py:5: ConfigError: Data: folds must be"),
+        ("DATA = Data(folds=1)", "own_space.py:5: Data: folds must be"),
         ("DATA = Data(surce='x')", "Data has no surce; did you mean 'source'?"),
     ],
 )

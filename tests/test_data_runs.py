@@ -360,14 +360,14 @@ def test_a_changed_folder_is_refused_with_the_names_of_what_changed(
     [
         (["--metric", "val/recall/violet"], ["val/recall/violet", "blue, green, red"]),
         (["--metric", "val/average_precision"], ["val/average_precision", "val/auroc"]),
-        (["--column", "label=kind"], ["label_column", "goes with a .csv"]),
+        (["--column", "label=kind"], ["--column label needs a .csv"]),
         (["--column", "kind"], ["--column kind", "ROLE=NAME"]),
         (["--folds", "50"], ["50 folds need 50 images of each class"]),
-        (["--folds", "1"], ["folds must be None or a whole number >= 2, got 1"]),
+        (["--folds", "1"], ["--folds 1: must be a whole number >= 2"]),
         (["--store-budget", "lots"], ["--store-budget lots", "20GB"]),
         (["--exclude", "nowhere.txt"], ["nowhere.txt"]),
-        (["--group-regex", "(.)/"], ["on both sides", "one side", "no image of", "one group"]),
-        (["--workers", "-1"], ["workers"]),
+        (["--group-regex", "(.)/"], ["in several splits", "one side", "no image of", "one group"]),
+        (["--workers", "-1"], ["--workers -1: must be"]),
     ],
     ids=repr,
 )

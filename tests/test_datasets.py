@@ -171,11 +171,11 @@ def test_grey_images_may_come_in_every_usual_form(kind: str, own: Own) -> None:
         ("rgb.tolist()", "is list"),
         ("None", "is NoneType"),
         ("'a.png'", "is str"),
-        ("torch.zeros(4, 5, 6, dtype=torch.uint8)", "has the shape (5, 6, 4), which is no grey"),
+        ("torch.zeros(4, 5, 6, dtype=torch.uint8)", "has the shape (5, 6, 4): neither"),
         ("np.zeros((5, 6, 2), np.uint8)", "has the shape (5, 6, 2)"),
         ("np.zeros((2, 5, 6, 3), np.uint8)", "has the shape (2, 5, 6, 3)"),
         ("np.zeros(5, np.uint8)", "has the shape (5,)"),
-        ("Image.new('F', (4, 4))", "has floating-point numbers for pixels"),
+        ("Image.new('F', (4, 4))", "has floating-point numbers as pixels"),
         ("1 / 0", "cannot be read: ZeroDivisionError: division by zero (own_images_"),
     ],
 )
@@ -328,9 +328,9 @@ def test_more_than_ten_numbered_classes_are_in_the_order_of_their_labels(own: Ow
         ("[None] * 20", "gives the label None"),
         ("[0, -1] * 10", "train example 1: label -1 is outside the 2 classes 0 to 1"),
         ("[0, 1, 2, 5] * 5", "train example 2: label 2 is outside the 2 classes 0 to 1"),
-        ("[[0, 1], [1, 2]] * 10", "train example 1: the label must be 2 numbers 0 or 1: (1, -1)"),
-        ("[[0, 1], [1]] * 10", "train example 1: the label must be 2 numbers 0 or 1: (1,)"),
-        ("[[0, 1], [0.5, 1]] * 10", "train example 1: the label must be 2 numbers 0 or 1"),
+        ("[[0, 1], [1, 2]] * 10", "example 1: the label must be 2 values 0 or 1, got (1, -1)"),
+        ("[[0, 1], [1]] * 10", "train example 1: the label must be 2 values 0 or 1, got (1,)"),
+        ("[[0, 1], [0.5, 1]] * 10", "example 1: the label must be 2 values 0 or 1, got (-1, 1)"),
         ("[[0, 1], 1] * 10", "mixes single labels with lists of 0 and 1"),
     ],
 )
@@ -347,7 +347,7 @@ def test_labels_of_the_wrong_kind_are_named(targets: str, told: str, own: Own) -
 def test_fewer_than_two_classes_of_different_names_are_refused(body: str, own: Own) -> None:
     module = own(f"class Few(Pictures):\n{body}\n")
     message = refusal(Data(source=f"{module}:Few"))
-    assert "it takes at least two, of different names" in message
+    assert "at least two with different names are required" in message
 
 
 def test_a_class_number_that_no_example_has_is_refused_once_the_split_is_drawn(own: Own) -> None:
@@ -370,7 +370,7 @@ def test_an_example_that_is_no_pair_is_named_with_the_line(given: str, told: str
     message = refusal(Data(source=f"{module}:Bad"))
     assert told in message
     assert ".py:" in message
-    assert "a `targets` attribute would spare" in message
+    assert "with a `targets` attribute, labels are read without" in message
 
 
 # --- Splits of one's own --------------------------------------------------------------------------
@@ -435,8 +435,8 @@ def test_a_dataset_without_training_examples_is_refused(own: Own) -> None:
 @pytest.mark.parametrize(
     ("text", "told", "kind"),
     [
-        ("build = 5", "cannot call its build", ConfigError),
-        ("build = Pictures()", "cannot call its build", ConfigError),
+        ("build = 5", ".build is an int, not a function", ConfigError),
+        ("build = Pictures()", ".build is a Pictures, not a function", ConfigError),
         ("bild = Pictures", "has no build; did you mean 'bild'?", ConfigError),
         ("raise OSError('disk')", "OSError: disk", ConfigError),
         ("def build():\n    raise OSError('disk')", "() raised OSError: disk (own_", DataError),
@@ -681,29 +681,29 @@ def test_two_processes_at_once_download_a_data_set_once(
 def test_without_files_and_network_one_line_says_where_to_put_them(tmp_path: Path) -> None:
     data = Data(source="torchvision:CIFAR10", data_root=str(tmp_path / "root"))
     message = refusal(data)
-    assert message.startswith("torchvision:CIFAR10 cannot be had: URLError: ")
+    assert message.startswith("torchvision:CIFAR10 is not available: URLError: ")
     assert f"put its files into {tmp_path / 'root'} (--data-root)" in message
-    assert "laid out as torchvision.datasets.CIFAR10 wants them" in message
-    assert message.endswith("or let this machine reach the network")
+    assert "in the layout of torchvision.datasets.CIFAR10" in message
+    assert message.endswith("or connect this machine to the network")
 
 
 @pytest.mark.usefixtures("offline")
 def test_damaged_files_of_a_data_set_are_refused_in_one_line(tmp_path: Path) -> None:
     make_cifar(tmp_path / "cifar-10-batches-py")  # whose digests torchvision does not know
     data = Data(source="torchvision:CIFAR10", data_root=str(tmp_path))
-    assert "torchvision:CIFAR10 cannot be had: " in refusal(data)
+    assert "torchvision:CIFAR10 is not available: " in refusal(data)
 
 
 def test_a_data_set_that_cannot_be_downloaded_does_not_ask_for_the_network(tmp_path: Path) -> None:
     message = refusal(Data(source="torchvision:FER2013", data_root=str(tmp_path)))
     assert "train.csv not found in" in message
-    assert message.endswith("laid out as torchvision.datasets.FER2013 wants them")
+    assert message.endswith("in the layout of torchvision.datasets.FER2013")
 
 
 def test_a_root_that_cannot_be_made_is_told_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     data = Data(source="torchvision:MNIST", data_root=str(tmp_path / "file" / "below"))
-    assert "torchvision:MNIST cannot be had: NotADirectoryError" in refusal(data)
+    assert "torchvision:MNIST is not available: NotADirectoryError" in refusal(data)
 
 
 @pytest.mark.parametrize(

@@ -80,8 +80,8 @@ UNREADABLE = {
     "a drawing": (b"<svg xmlns=''></svg>", "is not an image, but an SVG drawing"),
     "a web page": (b"<!DOCTYPE html>", "is not an image, but a web page"),
     "a video": (b"\0\0\0\x18ftypisom\0\0\2\0", "is not an image, but a video"),
-    "32-bit integers": (unfit_tiff("I"), "has 32-bit integers for pixels"),
-    "floating point": (unfit_tiff("F"), "has floating-point numbers for pixels"),
+    "32-bit integers": (unfit_tiff("I"), "has 32-bit integers as pixels"),
+    "floating point": (unfit_tiff("F"), "has floating-point numbers as pixels"),
 }
 
 
@@ -99,10 +99,10 @@ def test_what_cannot_be_read_says_why_whatever_it_is_called(
 def test_a_folder_and_a_missing_file_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "folder.jpg").mkdir()
     os.mkfifo(tmp_path / "pipe.jpg")  # to read it would be to wait for ever
-    with pytest.raises(Unreadable, match="is no regular file"):
+    with pytest.raises(Unreadable, match="is not a regular file"):
         read_image(tmp_path / "pipe.jpg")
     for name, cause in (
-        ("folder.jpg", "is no regular file"),
+        ("folder.jpg", "is not a regular file"),
         ("gone.jpg", "cannot be read: No such"),
     ):
         for read in (read_image, read_header):

@@ -572,7 +572,7 @@ def test_what_cannot_be_examined_is_code_2(
         (("--output", "data/page.html"), "lies in the data"),
         (("--exclusions", "data/cat/x.txt"), "lies in the data"),
         (("--output", "none/page.html"), "a folder that exists"),
-        (("--exclusions", "mine.txt"), "not by `doctor`"),
+        (("--exclusions", "mine.txt"), "not written by `doctor`"),
     ],
 )
 def test_results_are_not_written_where_they_harm(

@@ -3,6 +3,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from torch import nn
 
 from tests.states import ONE_STAGE, OWN
 from tuneapp import effective as effective_module
@@ -27,7 +28,26 @@ from tuneapp.config import (
 from tuneapp.effective import config_hash, effective
 from tuneapp.errors import ConfigError
 from tuneapp.fit import skeleton
-from tuneapp.models import stage_lrs
+from tuneapp.models import apply_freezing, stage_lrs
+from tuneapp.staged import StagedModel
+
+POOLED = f"{__name__}:WithDrop"
+
+
+class WithDrop(nn.Module):
+    """Its second stage has no parameters."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.first, self.drop = nn.Conv2d(3, 4, 3), nn.Dropout(0.5)
+        self.head = nn.Linear(4, classes)
+
+    def forward(self, x):
+        return self.head(self.drop(self.first(x)).mean((2, 3)))
+
+    def stages(self):
+        return {"first": self.first, "drop": self.drop, "head": self.head}
+
 
 STAGES = ["stem", "layer1", "layer2", "layer3", "layer4", "head"]
 
@@ -49,6 +69,7 @@ def test_the_names_of_the_stages_are_what_these_tests_take_them_for():
 
 # --- What makes no difference --------------------------------------------------------------------
 
+TWO_FROZEN = {"freeze_depth": 2, "lr_ratio": 0.5}
 MAPPED = {name: 0.5**below for below, name in enumerate(reversed(STAGES))}
 
 
@@ -82,6 +103,18 @@ MAPPED = {name: 0.5**below for below, name in enumerate(reversed(STAGES))}
         ({"replacement": True}, {"replacement": False}),
         ({"frozen_batchnorm": "eval"}, {"frozen_batchnorm": "train"}),
         ({"freeze_depth": -6}, {"freeze_depth": 0, "frozen_batchnorm": "train"}),
+        # Patterns that freeze the same parameters.
+        ({"freeze": ["layer1.*"]}, {"freeze": ["layer1.1.*", "layer1.0.*"]}),
+        ({"freeze": ["layer1.*", "bn1.*"]}, {"freeze": ["bn1.*", "layer1.?.*", "bn1.weight"]}),
+        # A depth, written as patterns.
+        ({"freeze": ["conv1.*", "bn1.*"]}, {"freeze_depth": 1}),
+        ({"freeze": ["conv1.*", "bn1.*", "layer1.*"], "lr_ratio": 0.5}, TWO_FROZEN),
+        (
+            {"freeze": ["conv1.*", "bn1.*", "layer1.*"], "frozen_batchnorm": "train"},
+            {"freeze_depth": 2, "frozen_batchnorm": "train"},
+        ),
+        ({"freeze": ["[!f]*"]}, {"freeze_depth": -1}),
+        ({"freeze": ["none"]}, {}),
     ],
 )
 def test_what_trains_in_the_same_way_is_the_same_trial(one, other):
@@ -166,6 +199,13 @@ def test_where_patterns_freeze_the_batchnorm_counts_too():
         ({"freeze_depth": 5, "unfreeze_at": {3: 2}}, {"freeze_depth": 4, "unfreeze_at": {3: 2}}),
         ({"sampling": "weighted", "num_samples": 9}, {"sampling": "weighted", "num_samples": 10}),
         ({"optimizer": Sgd(lr=0.01)}, {"optimizer": Sgd(lr=0.02), "lr_ratio": 0.5}),
+        ({"freeze": ["conv1.*"]}, {"freeze_depth": 1}),
+        ({"freeze": ["conv1.*", "bn1.*", "layer2.*"]}, {"freeze_depth": 1}),
+        ({"freeze": ["layer1.*"]}, {"freeze_depth": 2}),
+        # Both train parts of the same stages.
+        ({"freeze": ["conv1.*", "bn1.*", "layer2.0.bn1.bias"]}, {"freeze_depth": 1}),
+        ({"freeze": ["layer1.*"]}, {"freeze": ["layer1.*", "layer2.0.bn1.bias"]}),
+        ({"freeze": ["conv1.*", "bn1.*"], "frozen_batchnorm": "train"}, {"freeze_depth": 1}),
     ],
 )
 def test_what_trains_in_another_way_is_another_trial(one, other):
@@ -276,7 +316,7 @@ def own(**changes):
         ({"model": ONE_STAGE, "lr_ratio": 0.5}, {"model": ONE_STAGE}, True),
     ],
 )
-def test_a_network_of_ones_own_has_its_own_stages(one, other, same):
+def test_a_custom_network_has_its_own_stages(one, other, same):
     assert are_equal(own(**one), own(**other)) == same
 
 
@@ -295,6 +335,20 @@ def test_the_network_that_all_share_is_left_as_it_was(model, changes):
     assert [p.requires_grad for p in shared.parameters()] == wanted
     assert shared.freeze_depth == 0
     assert all(stage.trained_parameters() for stage in shared.stages)
+
+
+def test_patterns_are_a_depth_only_if_every_layer_is_in_the_same_mode():
+    # A stage without parameters after the frozen ones counts as frozen by name, not by depth.
+    by_name = effective(config_of(model=POOLED, freeze=["first.*"]))
+    assert (by_name["freeze_depth"], by_name["freeze"]) == (2, [])
+    for depth, same in ((1, False), (2, True)):
+        by_depth = config_of(model=POOLED, freeze_depth=depth)
+        assert are_equal(by_depth, config_of(model=POOLED, freeze=["first.*"])) == same
+        net, wanted = StagedModel(WithDrop(3)), StagedModel(WithDrop(3))
+        apply_freezing(net.train(), by_depth)
+        apply_freezing(wanted.train(), config_of(model=POOLED, freeze=["first.*"]))
+        modes = [[m.training for m in each.modules()] for each in (net, wanted)]
+        assert (modes[0] == modes[1]) == same
 
 
 @pytest.mark.parametrize("pattern", ["layer1.*", "*.bn?.*", "*"])

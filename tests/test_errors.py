@@ -4,7 +4,15 @@ import re
 import pytest
 
 from tuneapp import errors
-from tuneapp.errors import AppliedValueError, Diverged, TuneappError, did_you_mean, say_cause
+from tuneapp.errors import (
+    AppliedValueError,
+    Diverged,
+    TuneappError,
+    did_you_mean,
+    first_line,
+    nearest,
+    say_cause,
+)
 
 DEFINED = {
     name: kind
@@ -72,11 +80,44 @@ def test_a_divergence_says_where_it_happened_and_survives_pickling(error, said):
     ],
 )
 def test_only_a_near_miss_is_suggested(word, hint):
-    assert did_you_mean(word, iter(["resnet18", "sgd.lr", "adamw.lr"])) == hint
+    known = ["resnet18", "sgd.lr", "adamw.lr"]
+    assert did_you_mean(word, iter(known)) == hint
+    near = nearest(word, iter(known))
+    assert (f"; did you mean {near!r}?" if near else "") == hint
 
 
 def test_without_known_words_nothing_is_suggested():
     assert did_you_mean("resnet18", []) == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("first\nsecond"), "first"),
+        (ValueError("\n  late\nmore"), "late"),
+        (ValueError("x" * 50), "x" * 10),
+        (ValueError(), "ValueError"),
+        (ValueError(" \n"), "ValueError"),
+        (ValueError("101"), "ValueError: 101"),
+        (OSError("-1.5"), "OSError: -1.5"),
+        (KeyError(101), "KeyError: 101"),
+        (KeyError("best"), "KeyError: 'best'"),
+    ],
+)
+def test_the_first_line_of_an_error_says_something(error, said):
+    assert first_line(error, limit=10) == said
+    name = type(error).__name__
+    always = said if said.startswith(name) else f"{name}: {said}"
+    assert first_line(error, limit=10, named=True) == always
+
+
+def test_a_syntax_error_names_its_own_place(tmp_path):
+    file = tmp_path / "unfinished.py"
+    file.write_text("value = (\n")
+    try:
+        compile(file.read_text(), str(file), "exec")
+    except SyntaxError as error:
+        assert say_cause(error) == "SyntaxError: '(' was never closed (unfinished.py, line 1)"
 
 
 def test_a_cause_names_kind_first_line_and_the_innermost_place(tmp_path):

@@ -635,7 +635,6 @@ def test_the_outputs_of_stages_come_in_the_order_asked_frozen_or_not(depth: int)
     wanted = [layer3, stem, layer1, layer3]
     assert [torch.equal(*pair) for pair in zip(again, wanted, strict=True)] == [True] * 4
     assert three.requires_grad == (depth <= 3)
-    assert model(x, stages=[]) == []
 
 
 def test_outputs_can_begin_with_what_earlier_stages_made() -> None:
@@ -713,6 +712,25 @@ def test_auxiliary_logits_are_torchvisions_in_the_order_of_the_stages(name: str,
         assert our.shape == (2, 3)
         assert torch.equal(our, their)
     assert not torch.equal(ours.logits, ours.aux[0])
+
+
+@pytest.mark.parametrize(("name", "tapped"), [("googlenet", 2), ("inception_v3", 2)])
+def test_training_cannot_begin_above_what_an_auxiliary_classifier_sees(
+    name: str, tapped: int
+) -> None:
+    torch.manual_seed(0)
+    model = StagedModel(build_network(name, 3, aux=True), FAMILIES[name]).train()
+    x = pictures(128 if name == "googlenet" else 299)
+    below = [stage.name for stage in model.stages][:tapped]
+    with torch.no_grad():
+        *_, features = model(x, stages=below)
+        assert isinstance(model(features, first_stage=tapped), WithAux)
+        told = rf"^first_stage {tapped + 1} leaves out '{model.stages[tapped].name}', whose output"
+        with pytest.raises(ConfigError, match=told):
+            model(features, first_stage=tapped + 1)
+        model.eval()
+        *_, features = model(x, stages=[*below, model.stages[tapped].name])
+        assert torch.equal(model(features, first_stage=tapped + 1), model(x))
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3", "resnet18"])

@@ -139,12 +139,58 @@ def test_a_folder_that_is_not_there_names_every_kind_of_source(tmp_path: Path) -
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     add_images(tmp_path, ["a.png"])
-    assert "no such folder" in refusal(tmp_path / "a.png")
+    message = refusal(tmp_path / "a.png")
+    assert message.startswith(f"--data {tmp_path / 'a.png'}: it is a file, not a folder; give a ")
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("digist", "'digits'"),
+        ("Digits", "'digits'"),
+        ("cifar10", "'torchvision:CIFAR10'"),
+        ("CIFAR-100", "'torchvision:CIFAR100'"),
+        ("flowers", "'torchvision:Flowers102'"),
+        ("zebras", None),
+        ("photos/cifar10", None),
+    ],
+)
+def test_a_near_miss_of_a_known_data_set_is_answered_by_its_name(
+    written: str, meant: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError) as caught:
+        read(Path(written))
+    hint = f"; did you mean {meant}?" if meant else ""
+    assert str(caught.value).startswith(f"--data {written}: no such folder{hint}; give a folder ")
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (["photos/ant/0.png"], "photos has 1 class folder(s)"),
+        (["photos/val/ant/0.png"], "photos has val/ and no train/"),
+        (["photos/train/a/0.png", "photos/training/a/0.png"], "photos has train/ and training/"),
+        (["photos/train/a/0.png"], "photos/train has 1 class folder(s)"),
+        (
+            [f"photos/{name}/0.png" for name in ("train/a", "train/b", "val/a", "val/c")],
+            "photos/val lacks b and also has c: every split needs",
+        ),
+    ],
+)
+def test_messages_name_folders_as_they_were_written(
+    make: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_images(tmp_path, make)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError) as caught:
+        read(Path("photos"))
+    assert str(caught.value).startswith(told)
 
 
 def test_an_empty_folder_is_refused_with_the_way_out(tmp_path: Path) -> None:
     message = refusal(tmp_path)
-    assert "has 0 class folder(s); it takes at least two" in message
+    assert "has 0 class folder(s); at least two are required" in message
     assert "--label-regex" in message
 
 
@@ -169,7 +215,7 @@ def test_a_class_without_any_image_is_named(inside: list[str], tmp_path: Path) -
         (tmp_path / "cat" / name).write_text("no image")
     message = refusal(tmp_path)
     assert f"{tmp_path / 'cat'} holds no image" in message
-    assert "add some, or remove it" in message
+    assert "add some, or remove the folder" in message
 
 
 def test_images_with_odd_endings_or_none_count_and_other_files_are_listed(tmp_path: Path) -> None:
@@ -272,7 +318,7 @@ def test_two_folders_of_one_split_are_refused(tmp_path: Path) -> None:
     add_images(
         tmp_path, [f"{part}/{name}" for part in ("train", "val", "valid") for name in CLASSES]
     )
-    assert "has val/ and valid/: rename the one that is not meant" in refusal(tmp_path)
+    assert "has val/ and valid/: rename the one that is not the split" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("part", ["val", "test"])
@@ -285,7 +331,7 @@ def test_classes_that_differ_between_the_splits_are_named(tmp_path: Path) -> Non
     add_images(tmp_path, [f"train/{name}" for name in CLASSES])
     add_images(tmp_path, ["val/ant/1.png", "val/wasp/1.png"])
     message = refusal(tmp_path)
-    assert f"{tmp_path / 'val'} lacks bee and has wasp besides" in message
+    assert f"{tmp_path / 'val'} lacks bee and also has wasp" in message
     assert "every split needs the classes of train/" in message
 
 

@@ -211,7 +211,7 @@ def test_on_a_full_disk_an_event_waits_for_room_and_is_there_once(
     said = [r.message for r in caplog.records]
     assert len(said) == 2
     assert "waiting for more" in said[0]
-    assert "going on" in said[1]
+    assert "continuing" in said[1]
 
 
 @pytest.mark.parametrize("where", ["write", "fsync"])

@@ -14,7 +14,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tuneapp.loop as loop
 from tuneapp.average import WeightAverage
-from tuneapp.config import AdamW, CrossEntropy, Loss, Optimizer, RmsProp, Sgd, TrialConfig
+from tuneapp.config import (
+    AdamW,
+    BceDice,
+    BinaryCrossEntropy,
+    CrossEntropy,
+    Dice,
+    Focal,
+    Iou,
+    Loss,
+    Optimizer,
+    RmsProp,
+    Sgd,
+    TrialConfig,
+)
 from tuneapp.errors import DataError, Diverged
 from tuneapp.families import RESNET
 from tuneapp.loop import EpochMetrics, Evaluation, Precision, evaluate, train_one_epoch
@@ -138,19 +151,50 @@ def test_the_schedule_is_stepped_after_each_optimizer_step() -> None:
     assert optimizer.param_groups[0]["lr"] == 0.125
 
 
+WEIGHTED = CrossEntropy(class_weights=[1.0, 5.0, 30.0])
+LOSSES: list[Loss] = [
+    CrossEntropy(),
+    WEIGHTED,
+    CrossEntropy(class_weights=[1.0, 5.0, 30.0], label_smoothing=0.2),
+    Focal(),
+    BinaryCrossEntropy(pos_weight=3.0),
+    Dice(),
+    BceDice(),
+    Iou(),
+]
+
+
 @pytest.mark.parametrize("size", [8, 7, 4])
 @pytest.mark.parametrize("parts", [2, 3, 4])
-def test_a_batch_computed_in_parts_has_the_gradients_of_the_whole(size: int, parts: int) -> None:
-    batches = batches_of(size)
+@pytest.mark.parametrize("loss", LOSSES, ids=repr)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_batch_computed_in_parts_has_the_gradients_of_the_whole(
+    size: int, parts: int, loss: Loss, mixed: bool
+) -> None:
+    batches = probabilities_of(size) if mixed else batches_of(size)
     start = nn.Sequential(linear(4, 6), nn.Tanh(), linear(6, 3))
     whole, in_parts = copy.deepcopy(start), copy.deepcopy(start)
-    once = train(whole, batches, lr=1.0)
-    accumulated = train(in_parts, batches, lr=1.0, accumulation_steps=parts)
+    once = train(whole, batches, lr=1.0, loss=loss)
+    accumulated = train(in_parts, batches, lr=1.0, loss=loss, accumulation_steps=parts)
     assert torch.allclose(moved_by(start, in_parts), moved_by(start, whole), atol=1e-6)
-    assert moved_by(start, whole).norm() > 0.1
+    assert moved_by(start, whole).norm() > 0.01
     assert accumulated.steps == once.steps == 1
     assert accumulated.loss == pytest.approx(once.loss, rel=1e-6)
     assert accumulated.grad_norm == pytest.approx(once.grad_norm, rel=1e-5)
+
+
+def test_the_loss_of_a_batch_is_divided_by_the_class_weights_of_all_its_parts() -> None:
+    # Logits 0: each example costs log 3. The third is of the heavy class.
+    labels = torch.tensor([0, 0, 2, 0])
+    batch = (torch.eye(4), labels)
+    model = nn.Linear(4, 3, bias=False)
+    nn.init.zeros_(model.weight)
+    before = copy.deepcopy(model)
+    metrics = train(model, [batch], lr=1.0, loss=WEIGHTED, accumulation_steps=2)
+    assert metrics.loss == pytest.approx(math.log(3))
+    weights = torch.tensor([1.0, 1.0, 30.0, 1.0]) / 33
+    gradient = ((1 / 3 - F.one_hot(labels, 3)) * weights[:, None]).T
+    assert torch.allclose(moved_by(before, model), gradient.flatten(), atol=1e-6)
 
 
 def test_the_parts_of_a_batch_are_computed_one_after_the_other() -> None:
@@ -164,8 +208,8 @@ def test_the_parts_of_a_batch_are_computed_one_after_the_other() -> None:
 # --- Mixed labels, auxiliary classifiers, averages ------------------------------------------------
 
 
-def shares_of(*sizes: int, classes: int = 3) -> list[Batch]:
-    """Batches whose labels are shares of all classes, as mixing makes them."""
+def probabilities_of(*sizes: int, classes: int = 3) -> list[Batch]:
+    """Batches whose labels are class probabilities, as mixing makes them."""
     draw = torch.Generator().manual_seed(5)
     return [
         (images, torch.rand(len(images), classes, generator=draw).softmax(dim=1))
@@ -173,19 +217,19 @@ def shares_of(*sizes: int, classes: int = 3) -> list[Batch]:
     ]
 
 
-def cost_of_shares(model: nn.Module, images: Tensor, shares: Tensor) -> Tensor:
-    """Cross-entropy by its definition: the mean of minus sum of share times log probability."""
+def mean_cost(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy by its definition: minus the sum of target times log probability."""
     probabilities = torch.softmax(model(images).double(), dim=1)
-    return -(shares.double() * probabilities.log()).sum() / len(images)
+    return -(targets.double() * probabilities.log()).sum() / len(images)
 
 
 @pytest.mark.parametrize("size", [8, 7])
 @pytest.mark.parametrize("parts", [1, 2, 3, 4])
-def test_shares_of_classes_are_trained_on_in_parts_as_in_the_whole(size: int, parts: int) -> None:
+def test_class_probabilities_are_trained_on_in_parts_as_in_the_whole(size: int, parts: int) -> None:
     model = linear()
     before = copy.deepcopy(model)
-    batches = shares_of(size)
-    cost = cost_of_shares(before, *batches[0])
+    batches = probabilities_of(size)
+    cost = mean_cost(before, *batches[0])
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(cost, before.parameters())])
     metrics = train(model, batches, lr=1.0, accumulation_steps=parts)
     assert torch.allclose(moved_by(before, model), gradient, atol=1e-6)
@@ -194,10 +238,10 @@ def test_shares_of_classes_are_trained_on_in_parts_as_in_the_whole(size: int, pa
     assert (metrics.steps, metrics.largest_batch) == (1, size)
 
 
-def test_the_loss_on_shares_averages_over_examples_and_not_over_batches() -> None:
-    batches = shares_of(6, 2)
+def test_the_loss_on_class_probabilities_averages_over_examples_and_not_over_batches() -> None:
+    batches = probabilities_of(6, 2)
     model = linear()
-    costs = [float(cost_of_shares(model, *batch).detach()) for batch in batches]
+    costs = [float(mean_cost(model, *batch).detach()) for batch in batches]
     metrics = train(model, batches, lr=0.0)
     assert metrics.loss == pytest.approx((6 * costs[0] + 2 * costs[1]) / 8, rel=1e-6)
 
@@ -224,7 +268,7 @@ def test_auxiliary_classifiers_add_their_weighted_losses_to_training_and_not_to_
 ) -> None:
     model = ThreeHeads()
     before = copy.deepcopy(model)
-    (batch,) = shares_of(6) if mixed else batches_of(6)
+    (batch,) = probabilities_of(6) if mixed else batches_of(6)
     heads = (before.head, before.aux1, before.aux2)
     costs = [F.cross_entropy(head(batch[0]), batch[1]) for head in heads]
     total = costs[0] + 0.3 * (costs[1] + costs[2])

@@ -318,7 +318,7 @@ def test_a_mirror_that_cannot_be_written_warns_once_and_the_study_goes_on(
             pass
     assert [r.levelname for r in caplog.records] == ["WARNING"]
     assert str(file) in caplog.text
-    assert "the sweep goes on" in caplog.text
+    assert "the sweep continues" in caplog.text
     assert len(study.records) > 7
     # The events are whole: without the mirror, the study is the same.
     without = Study(SearchSpace(SPACE, tmp_path / "s.py"), study._ledger, RunSettings(), [A, A, A])

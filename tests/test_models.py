@@ -1,5 +1,7 @@
 import copy
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,25 +9,37 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
-from torchvision.models.swin_transformer import SwinTransformer
+from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformer
 from torchvision.ops import StochasticDepth
 
+from tuneapp.anatomy import read_anatomy
 from tuneapp.config import AdamW, Sgd, TrialConfig
+from tuneapp.data.examples import ImageSet
+from tuneapp.effective import config_hash
 from tuneapp.errors import ConfigError
+from tuneapp.families import FAMILIES, FAMILY_NAMES
 from tuneapp.fit import check_image_size, check_model, skeleton
 from tuneapp.models import (
+    apply_freezing,
     build_network,
     build_staged,
     count_parameters,
+    dropout_layers,
     find_family,
-    freeze_as,
     freeze_depth_in,
+    read_dropout,
     seed_everything,
     set_dropout,
     stage_lrs,
+    stochastic_depth_layers,
+    trained_parameters,
 )
+from tuneapp.prepare import _mistakes_with
 from tuneapp.staged import StagedModel
+from tuneapp.timm_models import find_timm
+from tuneapp.trial import TrialRun, run_trial
 
+AUX = ("googlenet", "inception_v3")
 NAMES = ("stem", "layer1", "layer2", "layer3", "layer4", "head")
 
 # What the names of a ResNet's parameters in each stage begin with.
@@ -187,7 +201,7 @@ def is_statistic(name: str) -> bool:
 
 def test_statistics_of_frozen_stages_can_go_on_following_the_data(pictures: Tensor) -> None:
     net = staged()
-    freeze_as(net, config_of(freeze_depth=3, frozen_batchnorm="train"))
+    apply_freezing(net, config_of(freeze_depth=3, frozen_batchnorm="train"))
     moved = step(net, pictures)
     frozen = prefixes_below(3)
     assert moved == {
@@ -221,9 +235,22 @@ def test_patterns_freeze_the_parameters_that_match_and_no_others(pictures: Tenso
     assert step(net, pictures) == (names - frozen) | (statistics - kept)
 
 
+def test_frozen_batchnorms_are_those_that_stand_still() -> None:
+    net = staged()
+    assert net.frozen_batchnorms() == []
+    net.freeze(2)
+    of_stages = [m for n, m in norms_of(net).items() if f"{n}.".startswith(prefixes_below(2))]
+    own_net = net.network
+    assert len(of_stages) == 5
+    assert of_stages == net.frozen_batchnorms()
+    net.freeze_matching(["layer2.0.bn1.*", "layer3.1.bn2.weight", "layer4.*"])
+    of_layer4 = [m for n, m in norms_of(net).items() if n.startswith("layer4.")]
+    assert net.frozen_batchnorms() == [own_net.layer2[0].bn1, *of_layer4]
+
+
 def test_by_name_too_the_statistics_of_what_is_frozen_can_go_on(pictures: Tensor) -> None:
     net = staged()
-    freeze_as(net, config_of(freeze=["layer1.*", "layer2.0.bn1.*"], frozen_batchnorm="train"))
+    apply_freezing(net, config_of(freeze=["layer1.*", "layer2.0.bn1.*"], frozen_batchnorm="train"))
     assert all(module.training for module in norms_of(net.train()).values())
     assert {"layer1.0.bn1.running_mean", "layer2.0.bn1.running_var"} <= step(net, pictures)
 
@@ -276,7 +303,7 @@ def test_each_epoch_has_its_depth(values: dict[str, Any], depths: list[int]) -> 
     net = staged()
     before = 0
     for epoch, depth in enumerate(depths, start=1):
-        assert freeze_as(net, config, epoch) == (depth != before)
+        assert apply_freezing(net, config, epoch) == (depth != before)
         assert net.freeze_depth == depth
         frozen = {n for n, p in net.network.named_parameters() if not p.requires_grad}
         assert frozen == {
@@ -288,9 +315,57 @@ def test_each_epoch_has_its_depth(values: dict[str, Any], depths: list[int]) -> 
 def test_freezing_by_name_changes_something_the_first_time() -> None:
     net = staged()
     config = config_of(freeze=["layer2.*"])
-    assert [freeze_as(net, config, epoch) for epoch in (1, 2)] == [True, False]
-    assert freeze_as(net, config_of(freeze=["layer2.*", "layer3.*"]), 2)
+    assert [apply_freezing(net, config, epoch) for epoch in (1, 2)] == [True, False]
+    assert apply_freezing(net, config_of(freeze=["layer2.*", "layer3.*"]), 2)
     assert freeze_depth_in(config, 6) == 0
+
+
+# --- What is trained, without changing the network ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"freeze_depth": 3},
+        {"freeze_depth": -1},
+        {"freeze_depth": -1, "unfreeze_at": {2: 3, 4: 1}},
+        {"freeze": ["layer1.*", "*.bn1.bias", "conv1.weight"]},
+    ],
+)
+def test_what_is_trained_is_what_freezing_leaves(values: dict[str, Any]) -> None:
+    net, config = staged(), config_of(epochs=4, **values)
+    for epoch in range(1, 5):
+        trained = trained_parameters(net, config, epoch)
+        assert all(p.requires_grad for p in net.parameters())
+        frozen = copy.deepcopy(net)
+        apply_freezing(frozen, config, epoch)
+        assert set(trained) == trained_names(frozen)
+        named = dict(net.network.named_parameters())
+        assert all(trained[name] is named[name] for name in trained)
+    assert set(trained_parameters(net, config)) == set(trained_parameters(net, config, 1))
+
+
+@pytest.mark.parametrize("model", ["resnet18", "tests.states:OwnNet", "timm:resnet18"])
+def test_the_shared_network_is_left_as_it_is_by_every_check(model: str) -> None:
+    if model.startswith("timm:"):
+        pytest.importorskip("timm")
+    shared = skeleton(model)
+    modes = {m: m.training for m in shared.modules()}
+    before = snapshot(shared) if model.startswith("tests") else {}
+    config = config_of(model=model, freeze_depth=1, frozen_batchnorm="train", batch_size=1)
+    for checked in (config, config_of(model=model, freeze=["*"], batch_size=1)):
+        check_model(checked)
+        check_image_size(checked, 64)
+        config_hash(checked)
+    read_anatomy(model, 64)
+    assert skeleton(model) is shared
+    assert {m: m.training for m in shared.modules()} == modes
+    assert all(p.requires_grad for p in shared.parameters())
+    assert (shared.freeze_depth, shared.frozen_batchnorm) == (0, "eval")
+    assert changed(before, shared.state_dict()) == set()
+    if model == "resnet18":
+        assert all(m.training for m in skeleton(model, 64).modules())
 
 
 # --- Learning rates -------------------------------------------------------------------------------
@@ -362,15 +437,20 @@ def test_a_mapping_may_leave_frozen_stages_out() -> None:
 
 def test_dropout_is_set_in_every_dropout_layer() -> None:
     network = on_meta("alexnet")
-    assert set_dropout(network, 0.2, None) == (2, 0)
+    assert dropout_layers(network) == [network.classifier[0], network.classifier[3]]
+    assert stochastic_depth_layers(network) == []
+    set_dropout(network, 0.2, None)
     assert [network.classifier[i].p for i in (0, 3)] == [0.2, 0.2]
-    assert set_dropout(network, None, None) == (2, 0)
+    set_dropout(network, None, None)
     assert [network.classifier[i].p for i in (0, 3)] == [0.2, 0.2]
 
 
 def test_dropout_is_set_in_the_layers_of_a_densenet() -> None:
     network = torchvision.models.DenseNet(4, (1, 2, 1, 1), 8, num_classes=3)
-    assert set_dropout(network, 0.6, None) == (5, 0)
+    assert read_dropout(network) == ((0.0,), None)
+    set_dropout(network, 0.6, None)
+    assert len(dropout_layers(network)) == 5
+    assert read_dropout(network) == ((0.6,), None)
     wanted = torchvision.models.DenseNet(4, (1, 2, 1, 1), 8, drop_rate=0.6, num_classes=3)
     wanted.load_state_dict(network.state_dict())
     x = torch.randn(2, 3, 32, 32)
@@ -399,23 +479,99 @@ def a_swin(stochastic_depth: float) -> nn.Module:
 
 def test_stochastic_depth_rises_linearly_to_the_last_block() -> None:
     network = a_swin(0.2)
-    assert set_dropout(network, None, 0.4) == (10, 5)
+    assert len(dropout_layers(network)) == 15
+    assert len(stochastic_depth_layers(network)) == 5
+    set_dropout(network, None, 0.4)
+    assert read_dropout(network) == ((0.0,), 0.4)
     assert rise(network) == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4], abs=1e-12)
     assert rise(network) == pytest.approx(rise(a_swin(0.4)), abs=1e-12)
     assert {m.p for m in network.modules() if isinstance(m, nn.Dropout)} == {0.0}
     set_dropout(network, None, 0.0)
     assert rise(network) == [0.0] * 5
+    # The rise is lost: then it is linear.
+    set_dropout(network, None, 0.8)
+    assert rise(network) == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8], abs=1e-12)
+
+
+def test_the_highest_stochastic_depth_becomes_the_value_wherever_it_is() -> None:
+    network = nn.Sequential(*(StochasticDepth(p, "row") for p in (0.1, 0.4, 0.2)))
+    assert read_dropout(network) == ((), 0.4)
+    set_dropout(network, None, 0.8)
+    assert rise(network) == pytest.approx([0.2, 0.8, 0.4], abs=1e-12)
+    assert read_dropout(network) == ((), 0.8)
+
+
+def test_one_block_alone_gets_the_value_itself_only_if_it_had_one() -> None:
+    network = nn.Sequential(StochasticDepth(0.3, "row"))
+    set_dropout(network, None, 0.5)
+    assert rise(network) == [0.5]
+
+
+# Of torchvision: the smallest member of each family, and what its constructor calls dropout.
+DROPOUT = {
+    **{"alexnet": "dropout", "densenet121": "drop_rate", "efficientnet_b0": "dropout"},
+    **{"googlenet": "dropout", "inception_v3": "dropout", "mnasnet0_5": "dropout"},
+    **{"mobilenet_v2": "dropout", "mobilenet_v3_small": "dropout", "squeezenet1_1": "dropout"},
+    **{"swin_t": "dropout", "swin_v2_t": "dropout", "vgg11": "dropout", "vit_b_32": "dropout"},
+}
+WITHOUT_DROPOUT = (
+    *("convnext_tiny", "maxvit_t", "regnet_y_400mf", "resnet18", "shufflenet_v2_x0_5"),
+)
+
+
+def test_every_family_is_compared_with_its_constructor() -> None:
+    families = [find_family(name) for name in (*DROPOUT, *WITHOUT_DROPOUT)]
+    assert [name for name, family in FAMILIES.items() if family not in families] == []
+
+
+def probabilities(network: nn.Module) -> dict[str, dict[str, float]]:
+    """Return every number with drop in its name, and every `p`, of each layer."""
+    return {
+        name: {
+            key: value
+            for key, value in vars(module).items()
+            if isinstance(value, float) and ("drop" in key or key == "p")
+        }
+        for name, module in network.named_modules()
+        if name  # a ViT notes its constructor's arguments
+    }
+
+
+@pytest.mark.parametrize("name", DROPOUT)
+def test_dropout_is_what_the_constructor_of_the_family_sets(name: str) -> None:
+    options = {"aux_logits": False, "init_weights": False} if name in AUX else {}
+    with torch.device("meta"):
+        wanted = torchvision.models.get_model(name, **{DROPOUT[name]: 0.375}, **options)
+        plain = torchvision.models.get_model(name, **options)
+    network = on_meta(name)
+    set_dropout(network, 0.375, None)
+    assert probabilities(network) == probabilities(wanted) != probabilities(plain)
+    assert read_dropout(network)[0] == (0.375,)
+
+
+@pytest.mark.parametrize("name", ["convnext_tiny", "resnet18", "shufflenet_v2_x0_5"])
+def test_networks_without_dropout_have_no_layers_of_it(name: str) -> None:
+    assert dropout_layers(on_meta(name)) == []
+
+
+@pytest.mark.parametrize("name", ["swin_t", "swin_v2_t"])
+def test_half_of_the_dropout_of_a_swin_is_read_too(name: str) -> None:
+    network = on_meta(name)
+    next(m for m in network.modules() if isinstance(m, ShiftedWindowAttention)).dropout = 0.1
+    assert read_dropout(network)[0] == (0.0, 0.1)
 
 
 def test_a_convnext_and_an_efficientnet_get_what_torchvision_would_give_them() -> None:
     network = on_meta("convnext_tiny")
-    assert set_dropout(network, None, 0.3) == (0, 18)
+    set_dropout(network, None, 0.3)
+    assert (len(dropout_layers(network)), len(stochastic_depth_layers(network))) == (0, 18)
     with torch.device("meta"):
         wanted = torchvision.models.convnext_tiny(stochastic_depth_prob=0.3)
     assert rise(network) == pytest.approx(rise(wanted), abs=1e-12)
     # Torchvision divides by the number of blocks here, so that the last one has less than is asked.
     network = on_meta("efficientnet_b0")
-    assert set_dropout(network, 0.5, 0.3) == (1, 16)
+    set_dropout(network, 0.5, 0.3)
+    assert (len(dropout_layers(network)), len(stochastic_depth_layers(network))) == (1, 16)
     assert rise(network) == pytest.approx([0.02 * i for i in range(16)], abs=1e-12)
     assert network.classifier[0].p == 0.5
 
@@ -528,10 +684,51 @@ def test_an_unknown_model_is_refused_with_the_nearest_name(
         find("resnet81")
 
 
-@pytest.mark.parametrize("model", ["fasterrcnn_resnet50_fpn", "resnet18 ", "package.module", ""])
-def test_what_is_no_classifier_is_refused_with_the_way_to_ones_own(model: str) -> None:
-    with pytest.raises(ConfigError, match=r"known: alexnet, .* such as 'package.module:build'$"):
+@pytest.mark.parametrize("model", ["resnet18 ", "resnet81", "package.module", "", "nothing_near"])
+def test_an_unknown_model_is_refused_with_every_way_to_name_one(model: str) -> None:
+    with pytest.raises(ConfigError) as error:
         find_family(model)
+    message = str(error.value)
+    assert message.startswith(f"model {model!r} is unknown; ")
+    assert f"; families: {', '.join(FAMILY_NAMES)} (" in message
+    assert "'timm:NAME'" in message
+    assert "such as 'package.module:build'" in message
+    assert message.endswith("See: python -m tuneapp show --help")
+    assert len(message) < 500
+    near = [name for name in FAMILIES if f"'{name}'" in message]
+    assert len(near) == (3 if model.startswith("resnet") else 0)
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        ("fcn_resnet50", "not an image classifier: it belongs to torchvision.models.segmentation"),
+        (
+            "fasterrcnn_resnet50_fpn",
+            "not an image classifier: it belongs to torchvision.models.detection",
+        ),
+        ("r3d_18", "not an image classifier: it belongs to torchvision.models.video"),
+        (
+            "quantized_resnet18",
+            "a quantized network, which cannot be trained; write 'resnet18'",
+        ),
+        ("resnet50d", "unknown to torchvision; timm has it: write 'timm:resnet50d'"),
+        ("resnet50d.ra2_in1k", "unknown to torchvision; timm has it: write 'timm:resnet50d'"),
+    ],
+)
+def test_a_network_of_another_kind_is_refused_as_that(model: str, told: str) -> None:
+    if "timm" in told:
+        pytest.importorskip("timm")
+    with pytest.raises(ConfigError) as error:
+        find_family(model)
+    assert str(error.value) == f"model {model!r} is {told}"
+
+
+def test_without_timm_none_of_its_networks_is_suggested(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    find_timm.cache_clear()
+    with pytest.raises(ConfigError, match="model 'resnet50d' is unknown; did you mean 'resnet50'"):
+        find_family("resnet50d")
 
 
 def test_an_import_path_has_no_family() -> None:
@@ -567,13 +764,16 @@ def test_configurations_that_fit_the_model_have_no_mistakes(values: dict[str, ob
     ("values", "told"),
     [
         ({"freeze_depth": 6}, ["freeze_depth 6", "resnet18", "0 to 5", *NAMES, "-1 to -6"]),
-        ({"freeze_depth": -7}, ["freeze_depth -7", "resnet18", "0 to 5", "-1 to -6"]),
+        (
+            {"freeze_depth": -7},
+            ["freeze_depth -7 is out of range", "resnet18", "0 to 5", "-1 to -6 counted from"],
+        ),
         ({"freeze_depth": 5, "unfreeze_at": {2: 6}}, ["unfreeze_at epoch 2: depth 6", "0 to 5"]),
         (
             {"freeze_depth": 3, "unfreeze_at": {2: 3}},
             ["unfreeze_at epoch 2: depth 3 must be less than the 3 before it"],
         ),
-        ({"unfreeze_at": {2: -1}}, ["epoch 2: nothing is frozen by then; set freeze_depth"]),
+        ({"unfreeze_at": {2: -1}}, ["epoch 2: nothing is frozen before it; set freeze_depth"]),
         (
             {"freeze_depth": 5, "unfreeze_at": {6: 2, 4: 1}},
             ["epoch 6: depth 2 must be less than the 1 before it"],
@@ -594,12 +794,23 @@ def test_configurations_that_fit_the_model_have_no_mistakes(values: dict[str, ob
             {"freeze": ["layer*", "conv1.*"], "lr_ratio": {"head": 1.0}},
             ["unknown: none;", "missing: stem"],
         ),
+        # In the order of the network, not of the alphabet.
+        ({"lr_ratio": {"layer2": 1.0}}, ["missing: stem, layer1, layer3, layer4, head"]),
+        ({"freeze": ["layer1"]}, ["freeze 'layer1' matches", "did you mean 'layer1.*'?"]),
+        ({"freeze": ["layer1.9.*"]}, ["did you mean 'layer1.1.*'?"]),
+        ({"freeze": ["lyer3.*"]}, ["did you mean 'layer3.*'?"]),
+        ({"freeze": ["layer1.0.conv1"]}, ["did you mean 'layer1.0.conv1.*'?"]),
+        ({"freeze": ["fc.weight"]}, ["freezes fc.weight, but the head (stage 'head') is new"]),
+        ({"freeze": ["layer1.*", "*.bias"]}, ["freezes fc.bias, but the head"]),
         (
             {"freeze": ["layer1.*", "layer5.0.conv1.weight"]},
-            ["'layer5.0.conv1.weight' matches no parameter", "did you mean 'layer"],
+            [
+                "'layer5.0.conv1.weight' matches no parameter",
+                "did you mean 'layer4.0.conv1.weight'?",
+            ],
         ),
         ({"freeze": ["block9*"]}, ["freeze 'block9*' matches", "such as 'conv1.weight'"]),
-        ({"freeze": ["fc.*"]}, ["freeze ['fc.*'] freezes the head, which is new: fc.weight"]),
+        ({"freeze": ["fc.*"]}, ["freeze ['fc.*'] freezes fc.weight, but the head"]),
         ({"freeze": ["*.weight", "*.bias"]}, ["['*.weight', '*.bias'] leaves nothing"]),
         ({"dropout": 0.1}, ["dropout: resnet18 has no dropout layers"]),
         ({"stochastic_depth": 0.0}, ["stochastic_depth: resnet18 has none", "ConvNeXt"]),
@@ -691,8 +902,9 @@ def test_children_without_parameters_belong_to_the_stage_before_them() -> None:
 def test_a_network_of_ones_own_is_called_as_it_is(kind: type[nn.Module], pictures: Tensor) -> None:
     net = small(kind).eval()
     assert torch.equal(net(pictures), net.network(pictures))
-    with pytest.raises(AssertionError, match="from its beginning"):
-        net(pictures, first_stage=1)
+    for stages in (None, [net.stages[1].name]):
+        with pytest.raises(ConfigError, match=r"^first_stage must be 0, got 1: .* from its begin"):
+            net(pictures, first_stage=1, stages=stages)
 
 
 @pytest.mark.parametrize("depth", range(3))
@@ -759,6 +971,21 @@ class Twice(Small):
         return {"body": [self.first, self.second], "head": [self.top, self.second]}
 
 
+class Empty(nn.Module):
+    def stages(self) -> Mapping[str, nn.Module]:
+        return {"all": nn.ReLU()}
+
+
+class NoMapping(Small):
+    def stages(self) -> object:
+        return [self.first, self.second, self.top]
+
+
+class NoModule(Small):
+    def stages(self) -> object:
+        return {"first": None}
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -769,9 +996,16 @@ class Tied(nn.Module):
 @pytest.mark.parametrize(
     ("kind", "told"),
     [
-        (LeavesOut, "LeavesOut: .* but second.weight is in none; give it a method stages"),
-        (Twice, "Twice: .* but one is in two"),
-        (Tied, "Tied: .* but one is in two"),
+        (
+            LeavesOut,
+            "LeavesOut: every parameter must belong to exactly one stage; second.weight "
+            "belongs to none; give it a method stages",
+        ),
+        (Twice, "Twice: every .* one stage; second.weight belongs to body and head; "),
+        (Tied, "Tied: every .* one stage; one.weight belongs to one and two; give it a method"),
+        (Empty, "^Empty has no parameters: nothing to train$"),
+        (NoMapping, r"NoMapping: stages\(\) must return a dict .*, got list of Sequential, Conv"),
+        (NoModule, r"NoModule: stages\(\) must return a dict .*, got {'first': None}"),
     ],
 )
 def test_stages_that_are_not_the_network_are_refused(kind: type[nn.Module], told: str) -> None:
@@ -789,6 +1023,33 @@ def test_the_outputs_of_ones_own_stages_are_those_of_their_last_modules(pictures
         assert torch.equal(output, want)
     with pytest.raises(ConfigError, match="stage 'fist' is unknown; did you mean 'first'"):
         net(pictures, stages=["fist"])
+
+
+@pytest.mark.parametrize("make", [lambda: small().eval(), lambda: staged().eval()])
+def test_stages_must_be_a_list_with_at_least_one_name(
+    make: Callable[[], StagedModel], pictures: Tensor
+) -> None:
+    net = make()
+    name = net.stages[1].name
+    with pytest.raises(ConfigError, match=rf"stages must be a list, such as \['{name}'\]; there"):
+        net(pictures, stages=name)
+    with pytest.raises(ConfigError, match="stages is empty: name at least one of "):
+        net(pictures, stages=[])
+
+
+def test_a_stage_without_an_output_is_told(pictures: Tensor) -> None:
+    net = small(NeverCalled).eval()
+    with pytest.raises(ConfigError, match=r"^stage 'spare' is never called, so it has no output$"):
+        net(pictures, stages=["spare"])
+    net = staged().eval()
+    with pytest.raises(ConfigError, match=r"^stage 'stem' is before first_stage, so it has no"):
+        net(pictures, first_stage=1, stages=["stem", "layer2"])
+
+
+class NeverCalled(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Linear(2, 2)
 
 
 def test_watching_ones_own_stages_leaves_no_hooks(pictures: Tensor) -> None:
@@ -819,6 +1080,60 @@ def test_a_module_that_is_called_again_later_does_not_change_the_output_of_its_s
     net = small(SharedReLU)
     (first,) = net(pictures, stages=["first"])
     assert torch.equal(first, net.network.act(net.network.first(pictures)))
+
+
+class InPlace(nn.Module):
+    """What comes after its stages, in none of them, overwrites what they returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3)
+        self.act = nn.ReLU(inplace=True)
+        self.second = nn.Conv2d(4, 4, 3)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.first(x))
+        return self.head(self.second(x).mul_(3).mean((2, 3)))
+
+    def stages(self) -> dict[str, nn.Module]:
+        return {"first": self.first, "second": self.second, "head": self.head}
+
+
+class InPlaceShared(SharedReLU):
+    """Its one activation, kept in a later stage, is called in both and then overwritten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.Sequential(self.second, self.act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.first(x)).mul_(3)
+        return self.head(self.second(x).mul_(3).mean((2, 3)))
+
+    def stages(self) -> dict[str, nn.Module]:
+        return {"first": self.first, "second": self.second, "head": self.head}
+
+
+def test_what_is_done_later_in_place_does_not_change_an_output(pictures: Tensor) -> None:
+    net = small(InPlace)
+    first, second = net(pictures, stages=["first", "second"])
+    assert torch.equal(first, net.network.first(pictures))
+    assert torch.equal(second, net.network.second(first.relu()))
+    (second.sum() + first.sum()).backward()
+    assert net.network.first.weight.grad is not None
+    net = small(InPlaceShared)
+    first, second = net(pictures, stages=["first", "second"])
+    assert torch.equal(first, net.network.first(pictures).relu())
+    assert torch.equal(second, net.network.second(first * 3))
+
+
+@pytest.mark.parametrize("first_stage", [-1, 7, 99])
+def test_a_first_stage_that_is_not_there_is_told(first_stage: int, pictures: Tensor) -> None:
+    told = rf"^first_stage must be 0 to 6, got {first_stage}; the stages are stem, layer1, "
+    for stages in (None, ["head"]):
+        with pytest.raises(ConfigError, match=told):
+            staged().eval()(pictures, first_stage=first_stage, stages=stages)
 
 
 class WithList(nn.Module):
@@ -860,9 +1175,193 @@ def test_a_part_of_a_network_that_is_called_stages_is_a_stage() -> None:
     assert [stage.name for stage in small(StagesAreModules).stages] == ["stem", "stages", "head"]
 
 
+class Fixed(nn.Module):
+    """Its filters, a position embedding and a table of whole numbers are never to be trained."""
+
+    def __init__(self, num_classes: int = 3) -> None:
+        super().__init__()
+        self.filters = nn.Conv2d(3, 4, 3, bias=False).requires_grad_(False)
+        self.body = nn.Conv2d(4, 5, 3)
+        self.body.position = nn.Parameter(torch.ones(5, 1, 1), requires_grad=False)
+        self.body.order = nn.Parameter(torch.tensor([4, 2, 0, 1, 3]), requires_grad=False)
+        self.top = nn.Linear(5, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(self.filters(x)) + self.body.position
+        return self.top(x.mean((2, 3))[:, self.body.order])
+
+
+FIXED = {"filters.weight", "body.position", "body.order"}
+
+
+@pytest.mark.parametrize("depth", [2, 1, 0])
+def test_what_a_network_fixed_itself_is_never_trained(depth: int, pictures: Tensor) -> None:
+    net = copy.deepcopy(small(Fixed))
+    assert net.fixed_names == FIXED
+    net.freeze(2)
+    net.freeze(depth)
+    assert not trained_names(net) & FIXED
+    free = ["body.weight", "body.bias"] if depth < 2 else []
+    assert step(net, pictures) == {*free, "top.weight", "top.bias"}
+    net.freeze_matching(["body.bias"])
+    assert step(net, pictures) == {"body.weight", "top.weight", "top.bias"}
+    assert net.freeze_depth == 1
+    assert net.is_frozen(net.stages[0])
+
+
+FIXED_MODEL = f"{__name__}:Fixed"
+
+
+def test_a_stage_of_fixed_parameters_needs_no_learning_rate() -> None:
+    assert set(trained_parameters(small(Fixed), config_of())) == {
+        *("body.weight", "body.bias", "top.weight", "top.bias"),
+    }
+    config = config_of(model=FIXED_MODEL, lr_ratio={"body": 0.5, "top": 1.0})
+    assert check_model(config) == []
+    (mistake,) = check_model(config_of(model=FIXED_MODEL, lr_ratio={"top": 1.0}))
+    assert mistake.endswith("unknown: none; missing: body")
+    assert check_model(config_of(model=FIXED_MODEL, freeze=["filters.*", "*.order"])) == []
+
+
+class FixedHead(Fixed):
+    def __init__(self, num_classes: int = 3) -> None:
+        super().__init__(num_classes)
+        self.top.requires_grad_(False)
+
+
+def test_a_depth_that_leaves_nothing_to_train_is_refused() -> None:
+    model = f"{__name__}:FixedHead"
+    assert check_model(config_of(model=model, freeze_depth=1)) == []
+    (mistake,) = check_model(config_of(model=model, freeze_depth=2))
+    assert mistake == f"freeze_depth 2 leaves nothing of {model} to train"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"freeze_depth": -1, "unfreeze_at": {2: 0}},
+        {"freeze": ["body.bias"]},
+        {"ema_decay": 0.9},
+    ],
+)
+def test_a_trial_leaves_what_a_network_fixed_as_it_was(
+    config: TrialConfig, run: TrialRun, values: dict[str, Any]
+) -> None:
+    values = {"model": FIXED_MODEL, "freeze_depth": 0, **values}
+    state = run_trial(replace(config, **values), run, lambda row: None)
+    order = state.model.network.body.order
+    assert order.tolist() == [4, 2, 0, 1, 3]
+    assert torch.equal(state.model.network.body.position, torch.ones(5, 1, 1))
+    applied = state.applied_in(2)
+    frozen = 5 if "freeze" in values else 0
+    assert applied["frozen_parameters"] == 4 * 27 + 5 + 5 + frozen
+    assert set(applied["lr"]) == {"body", "top"}
+    stages = read_anatomy(FIXED_MODEL, 32).stages
+    assert [s.trainable for s in stages] == [5 * 4 * 9 + 5 + 60, 5 * 4 * 9 + 5 + 60, 60]
+    assert [s.parameters for s in stages] == [4 * 27, 5 * 4 * 9 + 5 + 10, 60]
+
+
+# --- The order of one's own stages ----------------------------------------------------------------
+
+
+class HeadFirst(Small):
+    def __init__(self, num_classes: int = 3) -> None:
+        super().__init__(num_classes)
+        first, second = self.first, self.second
+        del self.first, self.second
+        self.second, self.first = second, first
+
+
+class SaidInDisorder(Small):
+    def stages(self) -> dict[str, nn.Module]:
+        return {"top": self.top, "second": self.second, "first": self.first}
+
+
+class WithSpare(Small):
+    def __init__(self, num_classes: int = 3) -> None:
+        super().__init__(num_classes)
+        self.spare = nn.Linear(2, 2)
+
+
+class InTraining(WithSpare):
+    """Calls one stage only while it is trained, and another one twice."""
+
+    def __init__(self, num_classes: int = 3) -> None:
+        super().__init__(num_classes)
+        self.spare = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(self.first[0].weight.new_zeros(1) + x)
+        x = self.spare(x) if self.training else x
+        return self.top(self.second(x).mean((2, 3)) + self.second(x).mean((2, 3)))
+
+
+class ByFunction(Small):
+    """Uses the parameters of its first stage and of its head without calling them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.conv2d(x, self.first[0].weight)
+        return nn.functional.linear(self.second(x).mean((2, 3)), self.top.weight)
+
+
+class NoGradient(Small):
+    """Its features are computed without gradients."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.second(self.first(x))
+        return self.top(x.mean((2, 3)))
+
+
+DISORDER = (
+    "its stages are called in the order first, second, top, but listed top, second, first; give it "
+    "a method stages() that returns them in that order"
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (SaidInDisorder, DISORDER),
+        (HeadFirst, DISORDER),
+        (
+            WithSpare,
+            "its stage spare is never called; leave it out of the network, or give it a method "
+            "stages() that puts it into another stage",
+        ),
+    ],
+)
+def test_stages_in_another_order_than_that_of_the_data_are_told(
+    kind: type[nn.Module], told: str
+) -> None:
+    model = f"{__name__}:{kind.__name__}"
+    assert check_model(config_of(model=model)) == []
+    assert check_image_size(config_of(model=model), 32) == [f"model {model!r}: {told}"]
+
+
+@pytest.mark.parametrize("kind", [Small, Fixed, InTraining, ByFunction, NoGradient])
+def test_stages_are_in_order_though_called_twice_or_in_training_or_by_functions(
+    kind: type[nn.Module],
+) -> None:
+    assert check_image_size(config_of(model=f"{__name__}:{kind.__name__}"), 32) == []
+
+
+def test_noting_calls_leaves_no_hooks(pictures: Tensor) -> None:
+    net = small()
+    with net.noting_calls() as called:
+        net(pictures)
+    net(pictures)
+    assert called == ["first", "second", "top"]
+    assert not any(module._forward_pre_hooks for module in net.modules())
+
+
 # --- Networks of one's own, by import path --------------------------------------------------------
 
 OWN = """
+import warnings
+
+import torch
 from torch import nn
 
 def build(num_classes):
@@ -874,6 +1373,12 @@ def build(num_classes):
 def wrong(num_classes):
     return num_classes
 
+def forgot(num_classes):
+    nn.Linear(3, num_classes)
+
+def hollow(num_classes):
+    return nn.ReLU()
+
 def broken(num_classes):
     raise ValueError("at home only")
 
@@ -882,6 +1387,100 @@ def large(num_classes):
 
 def map(num_classes):
     return nn.Sequential(nn.Conv2d(3, num_classes, 3))
+
+def always_ten(num_classes):
+    return build(10)
+
+def by_name(*, num_classes):
+    return build(num_classes)
+
+def named_second(pretrained=False, num_classes=1000):
+    assert pretrained is False
+    return build(num_classes)
+
+def in_the_rest(weights=None, **kwargs):
+    assert weights is None
+    return build(kwargs["num_classes"])
+
+def only_by_name(*, weights=None, **kwargs):
+    return in_the_rest(weights, **kwargs)
+
+def by_place(n, /, width=8):
+    return build(n)
+
+def with_rest(n, **kwargs):
+    assert not kwargs
+    return build(n)
+
+def with_number(classes=10, **kwargs):
+    assert not kwargs
+    return build(classes)
+
+def wrapped(*args, **kwargs):
+    return by_place(*args, **kwargs)
+
+class AsModule(nn.Sequential):
+    def __init__(self, num_classes):
+        super().__init__(*build(num_classes))
+
+class AsModuleNamed(nn.Sequential):
+    def __init__(self, *, width=4, num_classes):
+        super().__init__(*build(num_classes))
+
+def quits(num_classes):
+    raise SystemExit("no licence")
+
+def wordy(num_classes):
+    raise ValueError("first line\\nsecond line")
+
+def lazy(num_classes):
+    return nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten(), nn.LazyLinear(num_classes))
+
+def scripted(num_classes):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.script(build(num_classes))
+
+def compiled(num_classes):
+    return torch.compile(build(num_classes))
+
+def parallel(num_classes):
+    return nn.DataParallel(build(num_classes))
+
+class AsList(nn.Sequential):
+    def stages(self):
+        return [self[0], self[1]]
+
+def as_list(num_classes):
+    return AsList(nn.Conv2d(3, 4, 3), nn.Sequential(nn.Flatten(), nn.Linear(4, num_classes)))
+
+class AsPairs(AsList):
+    def stages(self):
+        return [("a", self[0]), ("b", self[1])]
+
+def as_pairs(num_classes):
+    return AsPairs(nn.Conv2d(3, 4, 3), nn.Linear(4, num_classes))
+
+class Nowhere(AsList):
+    def stages(self):
+        return None
+
+def nowhere(num_classes):
+    return Nowhere(nn.Conv2d(3, 4, 3), nn.Linear(4, num_classes))
+
+class AsTensors(AsList):
+    def stages(self):
+        return {"a": self[0].weight, "b": "1"}
+
+def as_tensors(num_classes):
+    return AsTensors(nn.Conv2d(3, 4, 3), nn.Linear(4, num_classes))
+
+class Fails(AsList):
+    def stages(self):
+        return {"a": self.nothing}
+
+def fails(num_classes):
+    return Fails(nn.Conv2d(3, 4, 3), nn.Linear(4, num_classes))
 
 class Odd(nn.Sequential):
     def stages(self):
@@ -924,13 +1523,30 @@ def test_a_network_of_ones_own_is_asked_without_drawing(own_model: Callable[[str
     ("function", "values", "told"),
     [
         ("build", {"freeze_depth": 2}, r"freeze_depth 2 is too deep for .*: 0 to 1 \(0, 5; "),
-        ("build", {"freeze": ["1.*"]}, "matches no parameter .*such as '0.weight'"),
+        ("build", {"freeze": ["block"]}, "matches no parameter .*such as '0.weight'"),
         ("build", {"aux_weight": 0.1}, "has no auxiliary classifiers"),
         ("build", {"stochastic_depth": 0.1}, "stochastic_depth: .* has none"),
         ("biuld", {}, "has no biuld; did you mean 'build'"),
-        ("wrong", {}, "returned int, no nn.Module"),
-        ("broken", {}, "building it for 10 classes failed: ValueError: at home only"),
-        ("odd", {}, "Odd: .* but 0.weight is in none; give it"),
+        ("wrong", {}, r": wrong\(num_classes\) must return an nn.Module, got int$"),
+        ("forgot", {}, r": forgot\(num_classes\) must return an nn.Module, got None \(a missing "),
+        ("hollow", {}, "ReLU has no parameters: nothing to train"),
+        (
+            "broken",
+            {},
+            r"building it for 10 classes failed: ValueError: at home only \(.*py:\d+\)$",
+        ),
+        ("wordy", {}, r": building it for 10 classes failed: ValueError: first line \(.*\)$"),
+        ("quits", {}, r": building it for 10 classes failed: SystemExit: no licence \(.*\)$"),
+        ("lazy", {}, r": 0\.weight has no size yet; initialise lazy modules in build, by calling"),
+        ("scripted", {}, ": it is scripted by torch.jit, so its layers cannot be told apart; ret"),
+        ("compiled", {}, ": it is wrapped by torch.compile; return the network inside it$"),
+        ("parallel", {}, ": it is wrapped in DataParallel; return the network inside it$"),
+        ("as_list", {}, r"must return a dict .*, got list of Conv2d, Sequential$"),
+        ("as_pairs", {}, r"got list of tuple of 'a', Conv2d, tuple of 'b', Linear$"),
+        ("nowhere", {}, "must return a dict name -> module, .*, got None$"),
+        ("as_tensors", {}, r"must return a dict .*, got {'a': Parameter, 'b': '1'}$"),
+        ("fails", {}, r": asking it for its stages failed: AttributeError: 'Fails' object has no"),
+        ("odd", {}, "Odd: .* one stage; 0.weight belongs to none; give it"),
     ],
 )
 def test_what_does_not_fit_a_network_of_ones_own_is_told(
@@ -945,7 +1561,8 @@ def test_what_does_not_fit_a_network_of_ones_own_is_told(
     ("function", "told"),
     [
         ("large", "images of 32 x 32 pixels: .*[Kk]ernel size"),
-        ("map", r"for two of them and 10 classes it returned \(2, 10, 30, 30\), not logits"),
+        ("map", r"for two of them and 7 classes it returned \(2, 7, 30, 30\), not logits"),
+        ("always_ten", r"and 7 classes it returned \(2, 10\), not logits \(2, 7\)$"),
     ],
 )
 def test_images_that_ones_own_network_cannot_take_are_told(
@@ -954,6 +1571,42 @@ def test_images_that_ones_own_network_cannot_take_are_told(
     (mistake,) = check_image_size(config_of(model=own_model(function)), 32)
     with pytest.raises(ConfigError, match=told):
         raise ConfigError(mistake)
+
+
+def test_ones_own_network_must_have_as_many_logits_as_the_data_have_classes(
+    own_model: Callable[[str], str], images: ImageSet
+) -> None:
+    for classes in (3, 12):
+        assert check_image_size(config_of(model=own_model("build")), 32, classes) == []
+    model = own_model("always_ten")
+    assert check_image_size(config_of(model=model), 32, 10) == []
+    (mistake,) = check_image_size(config_of(model=model), 32, 12)
+    assert mistake.endswith("two of them and 12 classes it returned (2, 10), not logits (2, 12)")
+    config = config_of(model=model, image_size=32, batch_size=4)
+    (mistake,) = _mistakes_with(config, images)
+    assert mistake.endswith("and 3 classes it returned (2, 10), not logits (2, 3)")
+    assert _mistakes_with(replace(config, model=own_model("build")), images) == []
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        *("build", "by_name", "named_second", "in_the_rest", "only_by_name", "by_place"),
+        *("with_rest", "with_number", "wrapped", "AsModule", "AsModuleNamed"),
+    ],
+)
+def test_the_number_of_classes_reaches_the_argument_that_is_meant(
+    own_model: Callable[[str], str], function: str
+) -> None:
+    network = build_network(own_model(function), 6)
+    assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 6)
+
+
+def test_a_function_of_torchvision_can_be_an_import_path() -> None:
+    model = "torchvision.models:resnet18"
+    assert build_network(model, 10).fc.out_features == 10
+    assert check_model(config_of(model=model)) == []
+    assert check_image_size(config_of(model=model), 32, 10) == []
 
 
 def test_a_copy_of_ones_own_network_has_stages_of_its_own(pictures: Tensor) -> None:
@@ -1019,5 +1672,5 @@ def test_a_stage_without_parameters_puts_out_what_it_computes(pictures: Tensor) 
 
 def test_every_kind_of_dropout_layer_gets_the_probability() -> None:
     network = nn.Sequential(nn.Dropout(0.5), nn.Dropout2d(0.5), nn.Dropout3d(0.5))
-    assert set_dropout(network, 0.1, None) == (3, 0)
+    set_dropout(network, 0.1, None)
     assert [layer.p for layer in network] == [0.1, 0.1, 0.1]

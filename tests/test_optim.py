@@ -1,3 +1,4 @@
+import fnmatch
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -8,9 +9,10 @@ import torch
 from torch import nn
 
 from tuneapp.config import Adam, AdamW, Optimizer, RmsProp, Sgd, TrialConfig
-from tuneapp.families import RESNET
-from tuneapp.models import build_network, freeze_as
-from tuneapp.optim import build_optimizer, rebuild_optimizer
+from tuneapp.families import FAMILIES, RESNET
+from tuneapp.fit import skeleton
+from tuneapp.models import apply_freezing, build_network, find_family
+from tuneapp.optim import build_optimizer, rebuild_optimizer, undecayed_names
 from tuneapp.staged import StagedModel
 
 NAMES = ("stem", "layer1", "layer2", "layer3", "layer4", "head")
@@ -105,7 +107,7 @@ def test_what_patterns_freeze_is_in_no_group(
     patterns: list[str], held: dict[str, list[str]]
 ) -> None:
     model, config = small_model(), config_of(freeze=patterns, lr_ratio=0.5)
-    freeze_as(model, config)
+    apply_freezing(model, config)
     optimizer = build_optimizer(model, config)
     assert names_in(model, optimizer) == held
     # A stage learns at its own rate, whatever is frozen around it.
@@ -121,7 +123,7 @@ def test_a_step_leaves_what_is_frozen_as_it_was() -> None:
     for values in ({"freeze_depth": 4}, {"freeze": ["layer[123].*", "conv1.weight", "bn1.*"]}):
         config = config_of(optimizer=Sgd(lr=0.1, weight_decay=0.5), **values)
         model = small_model()
-        freeze_as(model, config)
+        apply_freezing(model, config)
         optimizer, before = build_optimizer(model, config), numbers(model)
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
@@ -171,7 +173,7 @@ def test_a_stage_of_which_only_norms_and_biases_are_trained_has_the_second_group
         decay_norms_and_biases=False,
         optimizer=Sgd(lr=1.0, weight_decay=0.1),
     )
-    freeze_as(model, config)
+    apply_freezing(model, config)
     assert names_in(model, build_optimizer(model, config)) == {
         "stem (norms, biases)": ["conv1.bias", "bn1.bias"],
         "head (norms, biases)": ["fc.bias"],
@@ -199,6 +201,158 @@ def test_without_gradients_a_step_shrinks_what_is_decayed_and_nothing_else(
         rate = {"fc": 0.2, "layer3": 0.05}.get(name.partition(".")[0], 0.2 / 32)
         shrunk = before[name] * (1 - rate * 0.3)
         torch.testing.assert_close(numbers(model)[name], shrunk if decays_all else before[name])
+
+
+# Of one member of each family: patterns, written by hand, of what is not decayed: its biases and
+# normalisation layers, and what else its authors leave out.
+UNDECAYED = {
+    "alexnet": ["*.bias"],
+    "convnext_tiny": [
+        *("*.bias", "features.0.1.weight", "features.[246].0.weight", "*.block.2.weight"),
+        *("*.layer_scale", "classifier.0.weight"),
+    ],
+    "densenet121": ["*.bias", "*norm*.weight"],
+    "efficientnet_b0": ["*.bias", "features.[08].1.weight", "*.block.?.1.weight"],
+    "googlenet": ["*.bias", "*.bn.weight"],
+    "inception_v3": ["*.bias", "*.bn.weight"],
+    "maxvit_t": [
+        *(
+            "*.bias",
+            "*.relative_position_bias_table",
+            "stem.0.1.weight",
+            "*.layers.pre_norm.weight",
+        ),
+        *("*.layers.conv_[ab].1.weight", "*.attn_layer.0.weight", "*.mlp_layer.0.weight"),
+        "classifier.2.weight",
+    ],
+    "mnasnet0_5": [
+        "*.bias",
+        "layers.1.weight",
+        "layers.4.weight",
+        "layers.7.weight",
+        "layers.15.weight",
+        "layers.*.layers.[147].weight",
+    ],
+    "mobilenet_v2": [
+        "*.bias",
+        "features.0.1.weight",
+        "features.18.1.weight",
+        "features.1.conv.0.1.weight",
+        "features.1.conv.2.weight",
+        "features.*.conv.[01].1.weight",
+        "features.*.conv.3.weight",
+    ],
+    "mobilenet_v3_small": [
+        "*.bias",
+        "features.0.1.weight",
+        "features.12.1.weight",
+        "features.*.block.?.1.weight",
+    ],
+    "regnet_y_400mf": ["*.bias", "stem.1.weight", "*.proj.1.weight", "*.f.[abc].1.weight"],
+    "resnet18": ["*.bias", "bn1.weight", "*.bn?.weight", "*.downsample.1.weight"],
+    "shufflenet_v2_x0_5": [
+        *("*.bias", "conv[15].1.weight", "*.branch1.[13].weight", "*.branch2.[146].weight"),
+    ],
+    "squeezenet1_0": ["*.bias"],
+    "swin_t": ["*.bias", "*norm*.weight", "features.0.2.weight", "*.relative_position_bias_table"],
+    "swin_v2_t": ["*.bias", "*norm*.weight", "features.0.2.weight", "*.logit_scale"],
+    "vgg11_bn": [
+        *("*.bias", "features.1.weight", "features.5.weight", "features.9.weight"),
+        *("features.12.weight", "features.16.weight", "features.19.weight", "features.23.weight"),
+        "features.26.weight",
+    ],
+    "vit_b_32": [
+        *("*.bias", "*.in_proj_bias", "*.ln*.weight", "class_token", "encoder.pos_embedding"),
+    ],
+    "timm:vit_tiny_patch16_224": ["*.bias", "*norm*.weight", "cls_token", "pos_embed"],
+    "timm:swinv2_tiny_window8_256": [
+        *("*.bias", "*norm*.weight", "*.logit_scale", "*.cpb_mlp.*", "*.[qv]_bias"),
+    ],
+    "timm:convnext_atto": [
+        "*.bias",
+        "*norm.weight",
+        "stem.1.weight",
+        "*.downsample.0.weight",
+        "*.gamma",
+    ],
+}
+
+
+def test_a_member_of_every_family_is_written_here() -> None:
+    written = [find_family(name) for name in UNDECAYED if not name.startswith("timm:")]
+    assert [name for name, family in FAMILIES.items() if family not in written] == []
+
+
+@pytest.mark.parametrize("model", UNDECAYED)
+def test_what_is_not_decayed_is_what_is_written_here_for_the_family(model: str) -> None:
+    if model.startswith("timm:"):
+        pytest.importorskip("timm")
+    network = skeleton(model, aux=True).network
+    names = [name for name, _ in network.named_parameters()]
+    patterns = UNDECAYED[model]
+    wanted = {name for name in names if any(fnmatch.fnmatchcase(name, p) for p in patterns)}
+    assert undecayed_names(network) == wanted
+    assert all(any(fnmatch.fnmatchcase(name, p) for name in names) for p in patterns)
+
+
+class Custom(nn.Module):
+    def __init__(self, classes: int = 3) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(
+            [nn.LayerNorm((4, 8, 8)), nn.RMSNorm((8, 8)), nn.GroupNorm(2, 4)]
+        )
+        self.conv = nn.Conv2d(1, 1, (1, 8))  # one dimension, but no scale
+        self.offset = nn.Module()
+        self.offset.bias = nn.Parameter(torch.zeros(1, 4, 8, 8))
+        self.position_embeddings = nn.Embedding(9, 4)
+        self.embedding = nn.Embedding(9, 4)
+        self.blocks = nn.Module()
+        self.blocks.cls_token = nn.Parameter(torch.zeros(1, 1, 4))
+        self.blocks.gamma_1 = nn.Parameter(torch.zeros(1, 4, 1, 1))
+        self.blocks.layer_scale = nn.Parameter(torch.zeros(4, 4))  # a matrix
+        self.blocks.token = nn.Parameter(torch.zeros(1, 4))
+        self.blocks.temperature = nn.Parameter(torch.zeros(()))
+        self.act = nn.PReLU(4)
+        self.fc = nn.Linear(4, classes)
+
+
+def test_a_custom_network_is_read_by_its_modules_and_names() -> None:
+    assert undecayed_names(Custom()) == {
+        *("norms.0.weight", "norms.0.bias", "norms.1.weight", "norms.2.weight", "norms.2.bias"),
+        *("conv.bias", "offset.bias", "position_embeddings.weight", "blocks.cls_token"),
+        *("blocks.gamma_1", "blocks.temperature", "act.weight", "fc.bias"),
+    }
+
+
+class Says(Custom):
+    def no_weight_decay(self) -> set[str]:
+        return {"embedding.weight", "blocks.t*", "no.such"}
+
+
+class HasAsField(Custom):
+    no_weight_decay = ("fc.weight",)
+
+
+def test_what_a_network_itself_leaves_out_is_left_out_too() -> None:
+    assert undecayed_names(Says()) - undecayed_names(Custom()) == {
+        "embedding.weight",
+        "blocks.token",
+    }
+    assert undecayed_names(HasAsField()) == undecayed_names(Custom())
+
+
+def test_the_optimizer_does_not_decay_them() -> None:
+    model = skeleton("vit_b_32")
+    config = config_of(optimizer=Sgd(lr=1, weight_decay=0.1), decay_norms_and_biases=False)
+    optimizer = build_optimizer(model, config)
+    names = {id(p): name for name, p in model.network.named_parameters()}
+    left_out = {
+        names[id(p)] for g in optimizer.param_groups if not g["weight_decay"] for p in g["params"]
+    }
+    assert left_out == undecayed_names(model.network)
+    assert {"class_token", "encoder.pos_embedding"} <= left_out
+    everything = build_optimizer(model, replace(config, decay_norms_and_biases=True))
+    assert {g["weight_decay"] for g in everything.param_groups} == {0.1}
 
 
 # --- Steps by hand --------------------------------------------------------------------------------
@@ -353,11 +507,11 @@ def test_rebuilt_it_goes_on_with_what_was_trained_and_begins_with_the_rest(
     with torch.no_grad():
         old.copy_(torch.tensor(START))
         young.copy_(torch.tensor([*START, 0.0]))
-    freeze_as(model, config, epoch=1)
+    apply_freezing(model, config, epoch=1)
     optimizer = build_optimizer(model, config)
     for number, gradient in enumerate(GRADIENTS):
         if number == 3:
-            assert freeze_as(model, config, epoch=2)
+            assert apply_freezing(model, config, epoch=2)
             first, optimizer = optimizer, rebuild_optimizer(optimizer, model, config)
             assert type(optimizer) is type(first)
             stages = {group["stage"] for group in optimizer.param_groups}
@@ -378,7 +532,7 @@ def test_rebuilt_it_stands_at_the_rates_of_the_configuration_with_all_that_is_tr
     model = small_model(5)
     optimizer = build_optimizer(model, config)
     optimizer.param_groups[0]["lr"] = 1e-9  # where a schedule had brought it
-    freeze_as(model, config, epoch=2)
+    apply_freezing(model, config, epoch=2)
     rebuilt = rebuild_optimizer(optimizer, model, config)
     assert names_in(model, rebuilt) == {
         "layer3": ["layer3.weight", "layer3.bias"],

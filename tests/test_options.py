@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from tuneapp.config import Data, RunSettings
 from tuneapp.errors import ConfigError
 from tuneapp.options import (
+    DashboardOptions,
     DataOptions,
     LoadingOptions,
     absolute,
@@ -98,14 +99,14 @@ def test_a_column_that_makes_no_sense_is_shown_with_the_roles(pair: str) -> None
 @pytest.mark.parametrize("role", ["path", "split", "weight", "group"])
 def test_a_role_that_is_given_twice_is_refused(role: str) -> None:
     options = DataOptions(data="/t.csv", column=[f"{role}=a", f"{role}=b"])
-    with pytest.raises(ConfigError, match=f"^--column: {role} is given twice$"):
+    with pytest.raises(ConfigError, match=f"^--column {role}: given twice$"):
         chosen_data(options, Data())
 
 
 def test_an_option_that_means_nothing_for_the_source_is_refused() -> None:
-    with pytest.raises(ConfigError, match="label_column goes with a"):
+    with pytest.raises(ConfigError, match=r"^--column label needs a"):
         chosen_data(DataOptions(data="/photos", column=["label=x"]), Data())
-    with pytest.raises(ConfigError, match="label_regex goes with a folder"):
+    with pytest.raises(ConfigError, match=r"^--label-regex needs a folder"):
         chosen_data(DataOptions(label_regex="x"), Data(source="/t.csv"))
 
 
@@ -139,6 +140,69 @@ def test_settings_take_what_is_given_and_keep_the_rest() -> None:
     assert chosen_settings(base, LoadingOptions(store_budget="0")).store_budget == 0
 
 
+METRICS = (
+    "val/accuracy, val/auroc, val/average_precision, val/balanced_accuracy, val/loss, "
+    "val/macro_f1, val/recall/CLASS"
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"max_epochs": 0}, "--epochs 0: must be a whole number >= 1"),
+        ({"image_size": 8}, "--image-size 8: must be a whole number >= 16"),
+        ({"seed": -1}, "--seed -1: must be a whole number >= 0"),
+        (
+            {"metric": "val/acuracy"},
+            f"--metric 'val/acuracy': must be one of {METRICS}; did you mean 'val/accuracy'?",
+        ),
+        (
+            {"max_epochs": 0, "seed": -1},
+            "--seed -1: must be a whole number >= 0; --epochs 0: must be a whole number >= 1",
+        ),
+    ],
+)
+def test_a_wrong_setting_is_named_by_its_flag_and_not_by_our_classes(
+    given: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        chosen_settings(RunSettings(), LoadingOptions(), **given)
+    assert str(caught.value) == said
+
+
+def test_a_wrong_setting_of_a_program_is_named_by_its_field() -> None:
+    with pytest.raises(ConfigError, match=r"^RunSettings: max_epochs must be a whole number >= 1"):
+        RunSettings(max_epochs=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (DataOptions(folds=1), "--folds 1: must be a whole number >= 2"),
+        (
+            DataOptions(data="/photos", label_regex="("),
+            "--label-regex '(': must be a regular expression: missing ), unterminated subpattern "
+            "at position 0",
+        ),
+        (DataOptions(data=""), "--data '': must be a path or a name"),
+        (
+            DataOptions(data="/t.csv", group_regex="a", column=["group=b"]),
+            "give either --group-regex or --column group, not both",
+        ),
+    ],
+)
+def test_wrong_data_are_named_by_their_flags(options: DataOptions, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        chosen_data(options, Data())
+    assert str(caught.value) == said
+
+
+def test_the_dashboard_has_an_address_where_it_is_asked_for() -> None:
+    assert DashboardOptions().address is None
+    assert DashboardOptions(dashboard=True).address == "127.0.0.1"
+    assert DashboardOptions(dashboard_host="0.0.0.0").address == "0.0.0.0"
+
+
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
@@ -155,7 +219,7 @@ def test_sizes_are_powers_of_ten(text: str, wanted: int) -> None:
 def test_other_sizes_are_refused_by_their_flag(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         chosen_settings(RunSettings(), LoadingOptions(store_budget=text))
-    assert str(caught.value) == f"--store-budget {text}: must be such as 500MB or 20GB"
+    assert str(caught.value) == f"--store-budget {text}: expected a size such as 500MB or 20GB"
 
 
 @pytest.mark.parametrize(
@@ -171,7 +235,9 @@ def test_times_are_hours_minutes_and_seconds(text: str, wanted: float) -> None:
 def test_other_times_are_refused_by_their_flag(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         seconds("--time", text)
-    assert str(caught.value) == f"--time {text}: must be such as 90s, 30m or 1h30m"
+    hint = "; did you mean 90m?" if text == "90" else ""
+    wanted = f"--time {text}: expected a time such as 90s, 30m or 1h30m{hint}"
+    assert str(caught.value) == wanted
 
 
 # --- On a command line ----------------------------------------------------------------------------

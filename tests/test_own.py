@@ -71,7 +71,18 @@ def test_folders_come_after_everything_else_and_once(tmp_path: Path) -> None:
 
 
 BROKEN = "import math\nvalue = 1 / 0\n"
-MODULE = "import os\n_hidden = print\nnumber = 3\n\ndef build_network(n):\n    return n\n"
+MODULE = """
+import os
+from math import sqrt
+_hidden = print
+number, nothing = 3, None
+
+def build_network(n):
+    return n
+
+class other_one:
+    pass
+"""
 
 
 @pytest.mark.parametrize(
@@ -79,21 +90,48 @@ MODULE = "import os\n_hidden = print\nnumber = 3\n\ndef build_network(n):\n    r
     [
         (
             "not_there:build",
-            "model 'not_there:build': cannot import not_there: ModuleNotFoundError: No module "
-            "named 'not_there'; it must be importable from here, or lie beside the search space",
+            "model 'not_there:build': cannot import not_there: no module named 'not_there'; it "
+            "must be importable from the working directory, or be beside the search space",
+        ),
+        (
+            "not_there.inner:build",
+            "model 'not_there.inner:build': cannot import not_there.inner: no module named "
+            "'not_there'; it must be importable from the working directory, or be beside the "
+            "search space",
         ),
         (
             "broken:build",
-            "model 'broken:build': cannot import broken: ZeroDivisionError: division by zero; it "
-            "must be importable from here, or lie beside the search space",
+            "model 'broken:build': cannot import broken: ZeroDivisionError: division by zero "
+            "(broken.py:2)",
+        ),
+        (
+            "needy:build",
+            "model 'needy:build': cannot import needy: ModuleNotFoundError: No module named "
+            "'nothere' (needy.py:1)",
+        ),
+        (
+            "unfinished:build",
+            "model 'unfinished:build': cannot import unfinished: SyntaxError: '(' was never "
+            "closed (unfinished.py, line 1)",
         ),
         (
             "mine:bild_network",
-            "model 'mine:bild_network': mine has no bild_network; did you mean 'build_network'?",
+            "model 'mine:bild_network': mine has no bild_network; did you mean 'build_network'?; "
+            "it has build_network, other_one",
         ),
-        ("mine:other", "model 'mine:other': mine has no other"),
-        ("mine:number", "model 'mine:number': mine cannot call its number"),
-        ("offered:buidl", "model 'offered:buidl': offered has no buidl; did you mean 'build'?"),
+        ("mine:zebra", "model 'mine:zebra': mine has no zebra; it has build_network, other_one"),
+        ("mine:number", "model 'mine:number': mine.number is an int, not a function"),
+        ("mine:nothing", "model 'mine:nothing': mine.nothing is a NoneType, not a function"),
+        ("empty:build", "model 'empty:build': empty has no build; it defines no function"),
+        (
+            "many:zebra",
+            "model 'many:zebra': many has no zebra; it has f0, f1, f2, f3, f4, f5, f6, f7, f8, f9 "
+            "and 2 more",
+        ),
+        (
+            "offered:buidl",
+            "model 'offered:buidl': offered has no buidl; did you mean 'build'?; it has build",
+        ),
     ],
 )
 def test_what_cannot_be_found_is_told_with_the_cause(
@@ -101,6 +139,10 @@ def test_what_cannot_be_found_is_told_with_the_cause(
 ) -> None:
     write(tmp_path, "broken", BROKEN)
     write(tmp_path, "mine", MODULE)
+    write(tmp_path, "needy", "import nothere\n")
+    write(tmp_path, "unfinished", "build = (\n")
+    write(tmp_path, "empty", "number = 1\n")
+    write(tmp_path, "many", "".join(f"def f{i}(n): return n\n" for i in range(12)))
     own.offer("offered", space(build=print), "", Path("x.py"))
     own.import_from([str(tmp_path)])
     with pytest.raises(ConfigError) as error:
@@ -154,6 +196,6 @@ def test_a_module_of_the_same_name_elsewhere_is_not_taken_for_the_runs_own(tmp_p
         (folder / "namesake.py").write_bytes(text)
     own.import_from([str(there)])
     begun_with = {str(here / "namesake.py"): hashlib.sha256(text).hexdigest()}
-    with pytest.raises(RunError, match=r"'namesake:build' is imported from .*namesake\.py here, "):
+    with pytest.raises(RunError, match=r"'namesake:build' is imported from .*namesake\.py now, "):
         own.require_same_code(begun_with, ["namesake:build"])
     own.require_same_code(own.fingerprints(["namesake:build"], []), ["namesake:build"])

@@ -17,6 +17,7 @@ from tuneapp.config import (
     OwnSchedule,
     Preprocess,
     RunSettings,
+    Step,
     TrialConfig,
 )
 from tuneapp.data.batches import Batches
@@ -29,7 +30,6 @@ from tuneapp.models import build_network
 from tuneapp.prepare import (
     assemble,
     check_again,
-    first_trials,
     lay_out,
     load_model,
     prepare,
@@ -111,50 +111,6 @@ def laid_out(prepared, runs, **more):
     return run
 
 
-# --- FIRST_TRIALS ---------------------------------------------------------------------------------
-
-
-def test_first_trials_that_fit_are_handed_on_as_they_are(tmp_path):
-    listed = [{"kind": "plain"}, PARAMS, {}]
-    space = make(tmp_path, first=listed)
-    assert first_trials(space, space.branches()) == listed
-
-
-@pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
-        ({"rl": 0.1}, "'rl' is no parameter; there are kind, lr"),
-        ({"lr": 0.2}, "lr=0.2: allowed is 0.0001 to 0.1, log"),
-        ({"lr": "fast"}, "lr='fast': allowed is 0.0001 to 0.1, log"),
-        ({"kind": "fancy"}, "kind='fancy': allowed is plain | deep"),
-    ],
-)
-@pytest.mark.parametrize("before", [0, 2])
-def test_a_wrong_first_trial_is_named_by_its_number(tmp_path, wrong, said, before):
-    listed = [*[PARAMS] * before, wrong, PARAMS]
-    space = make(tmp_path, {"plain": {}, "deep": {"freeze_depth": 1}}, first=listed)
-    with pytest.raises(SpaceError) as caught:
-        first_trials(space, space.branches())
-    message = str(caught.value)
-    assert message.startswith(f"{space.path}: FIRST_TRIALS, number {before + 1}: ")
-    assert said in message
-
-
-def test_a_first_trial_with_a_value_of_another_branch_is_refused(tmp_path):
-    space = SearchSpace(
-        "from tuneapp.config import AdamW, Sgd, TrialConfig\n"
-        "FIRST_TRIALS = [{'optimizer': 'sgd', 'adamw.lr': 0.01}]\n"
-        "def search_space(trial):\n"
-        "    kind = trial.suggest_categorical('optimizer', ['adamw', 'sgd'])\n"
-        "    lr = trial.suggest_float(f'{kind}.lr', 1e-4, 1e-1)\n"
-        "    made = AdamW(lr=lr) if kind == 'adamw' else Sgd(lr=lr)\n"
-        "    return TrialConfig(model='resnet18', optimizer=made)\n",
-        tmp_path / "space.py",
-    )
-    with pytest.raises(SpaceError, match=r"number 1: .*never asks for 'adamw\.lr' here"):
-        first_trials(space, space.branches())
-
-
 # --- What every branch asks for -------------------------------------------------------------------
 
 MISTAKES = {
@@ -219,6 +175,16 @@ def test_the_mistakes_of_all_branches_are_told_at_once(tmp_path):
         assert str(caught.value).count(said) == 1
 
 
+def test_a_mistake_of_some_branches_is_told_with_the_values_that_lead_there(tmp_path):
+    choices = {"plain": {}, "deep": {"freeze_depth": 9}, "long": {"epochs": 7}}
+    with pytest.raises(SpaceError) as caught:
+        prepared_of(make(tmp_path, choices), tmp_path / "no_photos")
+    assert str(caught.value).endswith(" (with kind=deep)")
+    with pytest.raises(SpaceError) as caught:
+        prepared_of(make(tmp_path, {"deep": {"freeze_depth": 9}}), tmp_path / "no_photos")
+    assert "(with " not in str(caught.value)  # it is so in every branch
+
+
 OWN_CODE = """
 import torch
 from torch import nn
@@ -274,7 +240,7 @@ LATE_MISTAKES = {
     ),
     "resized to less than is seen": (
         {"preprocess": Preprocess(resize_size=16)},
-        "preprocess.resize_size 16 is smaller than the 32 x 32 pixels that are then cropped",
+        "preprocess.resize_size 16 is smaller than the 32 x 32 pixels that are",
     ),
     "images too small": (
         {"model": "alexnet"},
@@ -341,7 +307,7 @@ def test_all_mistakes_that_only_the_images_tell_are_told_at_once(tmp_path, photo
         ),
         ({"model": "mine:loss"}, "model 'mine:loss': building it for 10 classes failed: TypeErr"),
         ({"model": "mine:biuld"}, "model 'mine:biuld': mine has no biuld; did you mean 'build'?"),
-        ({"model": "mine:FIRST_TRIALS"}, "mine cannot call its FIRST_TRIALS"),
+        ({"model": "mine:FIRST_TRIALS"}, "mine.FIRST_TRIALS is a list, not a function"),
     ],
 )
 def test_a_mistake_in_ones_own_code_is_told_before_any_image_is_looked_for(
@@ -359,6 +325,20 @@ def test_only_the_branches_that_are_to_be_trained_are_checked(tmp_path, photos):
     settings = RunSettings(data=Data(source=str(photos)))
     prepared = prepare(space, settings, [space.replay(PARAMS)], lambda line: None)
     assert list(prepared.weights) == ["resnet18 None"]
+
+
+def test_a_schedule_that_never_acts_is_a_warning_and_told_once_for_all_branches(tmp_path, photos):
+    branches = {
+        "plain": {},
+        "slow": {"schedule": Step(every_epochs=8)},
+        "slower": {"schedule": Step(every_epochs=9)},
+    }
+    prepared, _ = prepared_of(make(tmp_path, branches), photos)
+    told = [text for text in prepared.warnings if text.startswith("schedule ")]
+    epochs = prepared.max_epochs
+    assert told == [
+        f"schedule Step: every_epochs=8 in {epochs} epochs: the learning rate never falls"
+    ]
 
 
 def test_missing_images_and_missing_weights_are_named(tmp_path, photos):
@@ -457,12 +437,12 @@ def test_a_run_goes_on_with_unchanged_images_only(tmp_path, make_photos):
     image = next(folder.rglob("*.png"))
     kept = tmp_path / "kept.png"
     shutil.move(image, kept)
-    with pytest.raises(DataError, match=rf"1 of 18 images .*{image.name}; put them back"):
+    with pytest.raises(DataError, match=rf"1 of 18 images .*{image.name}; restore them"):
         check_again(*open_run(run.path), space.branches())
     shutil.move(kept, image)
     check_again(*open_run(run.path), space.branches())
     image.write_bytes(image.read_bytes() + b"\0")
-    with pytest.raises(DataError, match=r"1 of 18 images .* are gone or have changed"):
+    with pytest.raises(DataError, match=r"1 of 18 images .* are missing or have changed"):
         check_again(*open_run(run.path), space.branches())
 
 

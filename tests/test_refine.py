@@ -103,7 +103,7 @@ def test_what_does_not_fit_is_refused_and_the_run_is_as_it_was(
     )
     other_data = other_data.replace("import AdamW, Cosine", "import AdamW, Cosine, Data")
     for text, said in (
-        (other_data, "other images are another sweep"),
+        (other_data, "start a new sweep for other images"),
         (SMALL_SPACE.replace("resnet18", "resnet19"), "resnet19"),
         (SMALL_SPACE.replace('"freeze_depth", 4, 5', '"freeze_depth", 4, 9'), "too deep"),
     ):

@@ -281,7 +281,7 @@ def test_below_the_floor_nothing_is_written_until_there_is_that_much(disk: Disk)
     assert len(disk.sleeps) == 5
     assert disk.said == [
         "disk      0.2 GB free on /there: waiting for 0.5 GB",
-        "disk      0.499 GB free on /there: going on",
+        "disk      0.499 GB free on /there: continuing",
     ]
 
 
@@ -308,8 +308,8 @@ def test_after_a_failure_it_waits_for_more_than_was_free(floor: int, disk: Disk)
     assert disk.attempts == [2 * GB, 4 * GB]
     assert len(disk.sleeps) == 4
     first, last = disk.said
-    assert first.startswith("disk      2 GB free on /there, and that is too little")
-    assert last == "disk      1 GB free on /there: going on"
+    assert first.startswith("disk      2 GB free on /there: too little")
+    assert last == "disk      1 GB free on /there: continuing"
 
 
 def test_room_that_was_free_again_when_it_was_measured_is_not_waited_for_in_vain(
@@ -380,7 +380,7 @@ def test_on_a_really_full_disk_a_file_is_whole_once_there_is_room(tiny: Path) ->
     assert [file.name for file in tiny.iterdir()] == ["new.pt"]
     assert len(slept) == 3
     assert len(said) == 2
-    assert said[0].startswith(f"disk      4.1 KB free on {tiny}, and that is too little")
+    assert said[0].startswith(f"disk      4.1 KB free on {tiny}: too little")
 
 
 def test_a_real_floor_is_waited_for(tiny: Path) -> None:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,7 @@ from tuneapp.rundir import (
     create_run,
     log_to,
     open_run,
+    require_name,
     write_atomically,
     write_json,
     write_record,
@@ -98,6 +100,17 @@ def test_a_place_that_cannot_hold_runs_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match=r"cannot make a run directory in .*file"):
         create_run(tmp_path / "file" / "runs", None, "resnet")
+
+
+def test_a_name_is_checked_without_making_anything(tmp_path):
+    require_name(tmp_path / "deep" / "runs", "mine")
+    require_name(tmp_path, None)
+    assert names_in(tmp_path) == []
+    (tmp_path / "mine").symlink_to(tmp_path / "gone")
+    with pytest.raises(RunError, match=r"^--name 'mine': .*mine exists; resume it with"):
+        require_name(tmp_path, "mine")
+    with pytest.raises(RunError, match=r"^--runs-dir /proc/no: cannot make a run directory in /pr"):
+        require_name(Path("/proc/no"), None)
 
 
 def test_a_run_is_locked_by_one_process_until_it_dies(tmp_path):
@@ -290,5 +303,5 @@ def test_the_log_goes_to_the_file_inside_the_block_only(tmp_path):
 )
 def test_json_that_is_no_record_of_a_run_is_refused(tmp_path, text):
     (tmp_path / "run.json").write_text(text)
-    with pytest.raises(StorageError, match=r"run\.json is no record of a run"):
+    with pytest.raises(StorageError, match=r"run\.json is not a record of a run"):
         open_run(tmp_path)

@@ -8,7 +8,15 @@ import torch
 
 from tests.states import config_of
 from tuneapp.config import TrialConfig
-from tuneapp.data.sampling import Draw, InOrder, Shuffled, batch_seed, repeated, view_seeds
+from tuneapp.data.sampling import (
+    Draw,
+    InOrder,
+    Shuffled,
+    batch_seed,
+    num_batches,
+    repeated,
+    view_seeds,
+)
 from tuneapp.errors import ConfigError
 
 # Twelve training examples of three classes (7, 3 and 2 of them), then three for validation.
@@ -333,3 +341,29 @@ def test_repeats_get_seeds_that_differ_and_do_not_depend_on_the_others() -> None
     np.testing.assert_array_equal(
         repeated(seeds, mixed), [drawn[times][i] for i, times in enumerate(mixed)]
     )
+
+
+# --- Batches --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("num_examples", "batch_size", "wanted"),
+    [
+        (12, 4, 3),
+        (13, 4, 3),  # 4, 4, 5
+        (14, 4, 4),  # 4, 4, 4, 2
+        (15, 4, 4),
+        (5, 4, 1),
+        (4, 4, 1),
+        (3, 4, 1),
+        (1, 4, 1),  # there is none before it
+        (3, 1, 3),
+        (1, 1, 1),
+        (0, 4, 0),
+        (5, 2, 2),
+    ],
+)
+def test_a_single_leftover_joins_the_batch_before_it(
+    num_examples: int, batch_size: int, wanted: int
+) -> None:
+    assert num_batches(num_examples, batch_size) == wanted

@@ -2,12 +2,15 @@
 
 import copy
 import io
+import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -35,7 +38,7 @@ from tuneapp.config import (
 from tuneapp.errors import ConfigError
 from tuneapp.optim import build_optimizer
 from tuneapp.schedules import Schedule as Running
-from tuneapp.schedules import check_schedule, check_steps, warmup_steps
+from tuneapp.schedules import check_schedule, check_steps, idle_choices, warmup_steps
 from tuneapp.staged import StagedModel
 
 Row = Mapping[str, float]
@@ -274,6 +277,17 @@ PLATEAUS: list[tuple[Plateau, list[float], list[float]]] = [
     ),
     # A network that never gets one right does not improve.
     (Plateau(factor=0.5, patience=0, monitor="val/accuracy"), [0, 0, 0], [1, 1, 0.5]),
+    # No stage falls below its share of its own rate.
+    (
+        Plateau(factor=0.5, patience=0, min_factor=0.3),
+        [9, 9, 9, 9, 9],
+        [1, 1, 0.5, 0.3, 0.3],
+    ),
+    (
+        Plateau(factor=0.1, patience=0, min_factor=0.25, monitor="val/accuracy"),
+        [0.5, 0.5, 0.5, 0.5],
+        [1, 1, 0.25, 0.25],
+    ),
 ]
 
 
@@ -337,7 +351,7 @@ def test_a_plateau_lowers_the_smallest_rates_as_well() -> None:
 
 
 def one_cycle_share(schedule: OneCycle, step: int, total: int) -> float:
-    top = schedule.pct_start * total - 1
+    top = max(schedule.pct_start * total - 1, 1)
     start = 1 / schedule.div_factor
     end = start / schedule.final_div_factor
     rises = step <= top
@@ -408,7 +422,11 @@ KINDS: list[Schedule] = [
     own("falling"),
 ]
 TWICE = [replace(kind, warmup_fraction=fraction) for kind in KINDS for fraction in (0.1, 0.3)]
-ONE_CYCLES = [OneCycle(), OneCycle(pct_start=0.4, div_factor=5, final_div_factor=100)]
+ONE_CYCLES = [
+    OneCycle(),
+    OneCycle(pct_start=0.4, div_factor=5, final_div_factor=100),
+    OneCycle(pct_start=0.1),
+]
 ALL = [*KINDS, *TWICE, *ONE_CYCLES]
 
 
@@ -445,6 +463,8 @@ WITH_PLATEAUS = [
     PLATEAU,
     replace(PLATEAU, patience=1, cooldown=0, monitor="val/accuracy"),
     replace(PLATEAU, warmup_fraction=0.3),
+    replace(PLATEAU, cooldown=0, min_factor=0.4),
+    replace(PLATEAU, cooldown=0, min_factor=0.4, warmup_fraction=0.3),
 ]
 
 
@@ -568,9 +588,14 @@ def test_cycles_leave_the_momentum_as_it_was_asked(
             assert {name: group[name] for name in asked} == asked
 
 
-@pytest.mark.parametrize(("epochs", "steps"), [(1, 10), (2, 5), (1, 3), (10, 1)])
-def test_one_cycle_can_be_as_short_as_three_steps(epochs: int, steps: int) -> None:
-    config = config_of(epochs=epochs, schedule=OneCycle(pct_start=0.1))
+@pytest.mark.parametrize("pct_start", [1e-9, 0.1])
+@pytest.mark.parametrize(
+    ("epochs", "steps"), [(1, 10), (2, 5), (1, 3), (10, 1), (1, 11), (1, 15), (2, 9), (1, 20)]
+)
+def test_one_cycle_reaches_its_peak_in_its_second_step_at_the_earliest(
+    epochs: int, steps: int, pct_start: float
+) -> None:
+    config = config_of(epochs=epochs, schedule=OneCycle(pct_start=pct_start))
     seen = [head for _, head in rates(config, steps)]
     assert seen[0] == pytest.approx(1 / 25)
     assert seen[1] == max(seen) == pytest.approx(1)
@@ -621,7 +646,79 @@ def takes_nothing() -> float:
     return 1.0
 
 
-MUST = "it must be a number >= 0"
+def as_float32(epoch: int, config: TrialConfig) -> object:
+    return np.float32(0.5**epoch)
+
+
+def as_int64(epoch: int, config: TrialConfig) -> object:
+    return np.int64(2 - epoch)
+
+
+def as_tensor(epoch: int, config: TrialConfig) -> object:
+    return torch.tensor(0.5**epoch)
+
+
+def as_whole_tensor(epoch: int, config: TrialConfig) -> object:
+    return torch.tensor(2 - epoch)
+
+
+def as_fraction(epoch: int, config: TrialConfig) -> object:
+    return Fraction(1, 2) ** epoch
+
+
+def truth(epoch: int, config: TrialConfig) -> object:
+    return True
+
+
+def numpys_truth(epoch: int, config: TrialConfig) -> object:
+    return np.bool_(True)
+
+
+def truth_in_a_tensor(epoch: int, config: TrialConfig) -> object:
+    return torch.tensor(True)
+
+
+def huge(epoch: int, config: TrialConfig) -> object:
+    return 10**5000  # which Python neither converts nor writes
+
+
+def row(epoch: int, config: TrialConfig) -> object:
+    return torch.ones(1)
+
+
+def table_of_rows(epoch: int, config: TrialConfig) -> object:
+    return torch.ones(2, 2)
+
+
+def nan_in_a_tensor(epoch: int, config: TrialConfig) -> object:
+    return torch.tensor(math.nan)
+
+
+def imaginary(epoch: int, config: TrialConfig) -> object:
+    return 1j
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("as_float32", [1, 0.5, 0.25]),
+        ("as_int64", [2, 1, 0]),
+        ("as_tensor", [1, 0.5, 0.25]),
+        ("as_whole_tensor", [2, 1, 0]),
+        ("as_fraction", [1, 0.5, 0.25]),
+    ],
+)
+def test_an_own_schedule_may_return_numbers_of_numpy_and_torch(
+    name: str, wanted: list[float]
+) -> None:
+    config = config_of(schedule=own(name), epochs=3)
+    assert check_schedule(config) == []
+    seen = [head for _, head in rates(config, 1)]
+    assert seen == wanted
+    assert {type(rate) for rate in seen} == {float}
+
+
+MUST = "it must be a number >= 0 and finite"
 WRONG = {
     "fails": "in epoch 2 it failed: ZeroDivisionError: division by zero",
     "not_finite": f"in epoch 2 it returned nan; {MUST}",
@@ -629,9 +726,17 @@ WRONG = {
     "negative": f"in epoch 2 it returned -1.0; {MUST}",
     "worded": f"in epoch 2 it returned 'half'; {MUST}",
     "silent": f"in epoch 0 it returned None; {MUST}",
+    "truth": f"in epoch 0 it returned True; {MUST}",
+    "numpys_truth": f"in epoch 0 it returned np.True_; {MUST}",
+    "truth_in_a_tensor": f"in epoch 0 it returned tensor(True); {MUST}",
+    "huge": "in epoch 0 it failed: OverflowError: int too large to convert to float",
+    "table_of_rows": f"in epoch 0 it returned tensor([[1., 1.], [1., 1.]]); {MUST}",
+    "row": f"in epoch 0 it returned tensor([1.]); {MUST}",
+    "nan_in_a_tensor": f"in epoch 0 it returned tensor(nan); {MUST}",
+    "imaginary": f"in epoch 0 it returned 1j; {MUST}",
     "takes_nothing": "in epoch 0 it failed: TypeError: takes_nothing() takes 0 positional",
     "fails_at_length": "in epoch 0 it failed: ValueError: the first line",
-    "NO_FUNCTION": f"{__name__} cannot call its NO_FUNCTION",
+    "NO_FUNCTION": f"{__name__}.NO_FUNCTION is an int, not a function",
     "fallin": f"{__name__} has no fallin; did you mean 'falling'?",
 }
 
@@ -682,3 +787,73 @@ def test_too_few_examples_for_one_cycle_are_told_before_it_begins(
 ) -> None:
     config = config_of(epochs=1, batch_size=16, schedule=OneCycle())  # 33: batches of 16 and 17
     assert bool(check_steps(config, examples)) == is_refused
+
+
+# --- What never acts ------------------------------------------------------------------------------
+
+FALLS = "the learning rate never falls"
+LATE = "they lie after the training"
+IDLE: list[tuple[Schedule, int, str | None]] = [
+    (Step(every_epochs=4), 5, None),
+    (Step(every_epochs=5), 5, f"Step: every_epochs=5 in 5 epochs: {FALLS}"),
+    (Step(every_epochs=1), 1, f"Step: every_epochs=1 in 1 epoch: {FALLS}"),
+    # The warm-up takes the first of five epochs: the fourth after it is the last.
+    (Step(every_epochs=3, warmup_fraction=0.2), 5, None),
+    (
+        Step(every_epochs=4, warmup_fraction=0.2),
+        5,
+        f"Step: every_epochs=4 in 5 epochs: {FALLS}",
+    ),
+    (MultiStep(milestones=[2, 4]), 5, None),
+    (MultiStep(milestones=[2, 5, 9]), 5, f"MultiStep: milestones=[5, 9] in 5 epochs: {LATE}"),
+    (MultiStep(milestones=(7,)), 5, f"MultiStep: milestones=[7] in 5 epochs: {LATE}"),
+    (CosineRestarts(first_epochs=5), 5, None),
+    (
+        CosineRestarts(first_epochs=6),
+        5,
+        "CosineRestarts: first_epochs=6 in 5 epochs: the first cosine does not end",
+    ),
+    (
+        CosineRestarts(first_epochs=5, warmup_fraction=0.1),
+        5,
+        "CosineRestarts: first_epochs=5 in 5 epochs: the first cosine does not end",
+    ),
+    (Cyclic(up_epochs=5), 5, None),
+    (Cyclic(up_epochs=6), 5, "Cyclic: up_epochs=6 in 5 epochs: the first rise does not end"),
+    (Plateau(patience=2), 5, None),
+    (Plateau(patience=3), 5, f"Plateau: patience=3 in 5 epochs: {FALLS}"),
+    (Plateau(patience=2, warmup_fraction=0.1), 5, None),
+    (
+        Plateau(patience=2, warmup_fraction=0.2),
+        5,
+        f"Plateau: patience=2 in 5 epochs: {FALLS}",
+    ),
+    *((schedule, 1, None) for schedule in (Constant(), Cosine(), Polynomial(), OneCycle())),
+]
+
+
+@pytest.mark.parametrize(("schedule", "epochs", "told"), IDLE, ids=name_of)
+def test_what_never_acts_is_told(schedule: Schedule, epochs: int, told: str | None) -> None:
+    wanted = [] if told is None else [f"schedule {told}"]
+    assert idle_choices([config_of(schedule=schedule, epochs=epochs)]) == wanted
+
+
+@pytest.mark.parametrize(("schedule", "epochs", "told"), IDLE, ids=name_of)
+def test_what_is_told_never_to_fall_does_not(
+    schedule: Schedule, epochs: int, told: str | None
+) -> None:
+    if not isinstance(schedule, Step | Plateau):
+        return
+    stuck = [{"val/loss": 1.0}] * epochs
+    seen = [head for _, head in rates(config_of(schedule=schedule, epochs=epochs), 10, stuck)]
+    falls = any(after < before for before, after in itertools.pairwise(seen))
+    assert falls == (told is None)
+
+
+def test_each_field_is_told_once_for_a_whole_space() -> None:
+    kinds = [Step(every_epochs=n) for n in (9, 1, 8)] + [MultiStep(milestones=[n]) for n in (7, 6)]
+    configs = [config_of(schedule=kind, epochs=epochs) for kind in kinds for epochs in (5, 2)]
+    assert idle_choices(configs) == [
+        f"schedule Step: every_epochs=9 in 5 epochs: {FALLS}",
+        f"schedule MultiStep: milestones=[7] in 5 epochs: {LATE}",
+    ]

@@ -570,7 +570,7 @@ def test_while_the_disk_is_full_no_trial_begins(started, tmp_path, monkeypatch, 
     said = [r.message for r in caplog.records]
     assert len(said) == 2
     assert "waiting for 1 GB" in said[0]
-    assert "going on" in said[1]
+    assert "continuing" in said[1]
 
 
 def test_when_one_of_rays_processes_is_dead_the_sweep_says_so(started, tmp_path):

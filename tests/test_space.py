@@ -108,11 +108,42 @@ def test_a_file_in_a_missing_folder_is_named(tmp_path):
         SearchSpace.read(tmp_path / "gone" / "space.py")
 
 
-def test_a_folder_and_a_binary_file_are_no_search_space(tmp_path):
+def test_a_binary_file_is_no_search_space(tmp_path):
     (tmp_path / "binary.py").write_bytes(b"\xff\xfe\x00")
-    for path in (tmp_path, tmp_path / "binary.py"):
-        with pytest.raises(SpaceError, match="cannot be read as a search space"):
-            SearchSpace.read(path)
+    with pytest.raises(SpaceError, match="cannot be read as a search space"):
+        SearchSpace.read(tmp_path / "binary.py")
+
+
+def test_a_folder_is_refused_with_the_files_in_it(tmp_path):
+    with pytest.raises(SpaceError, match="is a folder; give a file in it: it has none that ends"):
+        SearchSpace.read(tmp_path)
+    for name in ("b.py", "a.py", "notes.txt"):
+        (tmp_path / name).touch()
+    with pytest.raises(SpaceError) as caught:
+        SearchSpace.read(tmp_path)
+    assert str(caught.value) == f"{tmp_path}: is a folder; give a file in it: a.py, b.py"
+
+
+def test_a_file_that_does_not_end_in_py_is_not_executed(tmp_path):
+    (tmp_path / "notes.txt").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n{SPACE}")
+    with pytest.raises(SpaceError, match=r"notes\.txt: not a search space: .* not end in \.py$"):
+        SearchSpace.read(tmp_path / "notes.txt")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("head", ["search_space()", "search_space(trial, more)"])
+def test_a_function_that_does_not_take_a_trial_is_refused_with_its_signature(head):
+    with pytest.raises(SpaceError) as caught:
+        as_space(f"def {head}:\n    pass\n")
+    assert str(caught.value) == (
+        "space.py: search_space must take the trial and nothing else: "
+        "`def search_space(trial: Trial) -> TrialConfig`"
+    )
+
+
+@pytest.mark.parametrize("head", ["search_space(*given)", "search_space(t, more=1)"])
+def test_a_function_that_can_be_called_with_a_trial_is_taken(head):
+    as_space(f"def {head}:\n    pass\n")
 
 
 @pytest.mark.parametrize(
@@ -163,6 +194,99 @@ def test_a_name_that_the_configuration_does_not_have_is_answered_with_those_it_h
 def test_first_trials_must_be_a_list_of_dicts(listed):
     with pytest.raises(SpaceError, match="FIRST_TRIALS must be a list of dicts name -> value"):
         as_space(f"FIRST_TRIALS = {listed}\ndef search_space(trial):\n    pass\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("FIRST_TRIAL", "[{}]", "FIRST_TRIALS"),
+        ("FIRST_TRAILS", "[{}]", "FIRST_TRIALS"),
+        ("FIRST_TRAIL", "{'a': 1}", "FIRST_TRIALS"),
+        ("FIRSTTRIALS", "({},)", "FIRST_TRIALS"),
+        ("DATAS", "Data()", "DATA"),
+        ("DATTA", "'photos/'", "DATA"),
+    ],
+)
+def test_a_constant_that_seems_a_misspelled_one_is_refused(name, value, wanted):
+    text = f"from tuneapp.config import Data\n{name} = {value}\ndef search_space(trial): pass\n"
+    with pytest.raises(SpaceError) as caught:
+        as_space(text).check_recipes([])
+    assert str(caught.value) == f"space.py: {name} is not used; did you mean {wanted}?"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "DATASETS = ['a']", "DATE = '2026'", "DATES = ['2026']", "DATA_DIR = 'photos/'",
+        "DATA2 = 3", "_DATA = 3", "TRIALS = [1]", "FIRST = [1]", "FIRST_EPOCHS = [1]",
+        "SECOND_TRIALS = []", "FIRST_TRIAL = 3", "first_trial = [{}]",
+        "FIRST_TRIALS2 = []; FIRST_TRIALS = []", "DATAS = Data(); DATA = DATAS",
+    ],
+)  # fmt: skip
+def test_another_constant_is_none_of_our_business(line):
+    text = f"from tuneapp.config import Data\n{line}\ndef search_space(trial): pass\n"
+    as_space(text).check_recipes([])
+
+
+# --- FIRST_TRIALS ---------------------------------------------------------------------------------
+
+
+def with_recipe(recipe):
+    return as_space(SPACE.replace('{"optimizer": "sgd", "sgd.lr": 0.01}', repr(recipe)))
+
+
+def test_recipes_that_are_complete_are_taken():
+    for recipe in (SGD, ADAMW):
+        space = with_recipe(recipe)
+        space.check_recipes(space.branches())
+        assert space.first_trials == [recipe]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        (
+            {**SGD, "sgd.rl": 1},
+            "'sgd.rl' is not a parameter; did you mean 'sgd.lr'?; there are freeze",
+        ),
+        ({**SGD, "zzz": 1}, "'zzz' is not a parameter; there are freeze_depth, optimizer, "),
+        ({**SGD, "sgd.lr": 1.0}, "sgd.lr=1.0: allowed is 0.001 to 0.1, log"),
+        ({**SGD, "adamw.warmup": 0.1}, "never asks for 'adamw.warmup' here; it asks for freeze_"),
+        (
+            {"freeze_depth": 2, "optimizer": "sgd", "batch_size": 64},
+            "has no value for 'sgd.lr' (0.001 to 0.1, log); a recipe names every parameter that "
+            "its branch asks for",
+        ),
+        (
+            {"optimizer": "adamw", "adamw.lr": 0.1, "adamw.schedule": "cosine"},
+            "has no value for 'freeze_depth' (0 to 5, whole), 'adamw.warmup' (0 to 0.3), "
+            "'batch_size' (32 | 64); a recipe",
+        ),
+        # Not what only one of the optimizers has: which it is to be is not known.
+        ({}, "has no value for 'freeze_depth' (0 to 5, whole), 'optimizer' (adamw | sgd), 'batch"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_with_its_number_and_the_path_once(recipe, said):
+    space = with_recipe(recipe)
+    with pytest.raises(SpaceError) as caught:
+        space.check_recipes(space.branches())
+    assert str(caught.value).startswith(f"space.py: FIRST_TRIALS, number 1: {said}")
+    assert str(caught.value).count("space.py") == 1
+
+
+def test_a_recipe_that_builds_nothing_valid_is_refused_with_its_line():
+    space = as_space(
+        "from tuneapp.config import Sgd, TrialConfig\nFIRST_TRIALS = [{'n': 1}, {'n': 2}]\n"
+        "def search_space(trial):\n"
+        "    epochs = 0 if trial.suggest_int('n', 1, 3) == 2 else 1\n"
+        "    return TrialConfig(model='resnet18', optimizer=Sgd(lr=0.1), epochs=epochs)\n"
+    )
+    with pytest.raises(SpaceError) as caught:
+        space.check_recipes(space.branches())
+    assert str(caught.value) == (
+        "space.py: FIRST_TRIALS, number 2: line 5: TrialConfig: epochs must be a whole number >= "
+        "1, got 0"
+    )
 
 
 # --- Code beside the space and in it --------------------------------------------------------------
@@ -217,11 +341,18 @@ def test_a_module_beside_the_space_is_found(tmp_path):
 # --- Calling -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("returned", "name"), [("None", "NoneType"), ("{'a': 1}", "dict")])
-def test_a_function_that_returns_something_else_is_refused(returned, name):
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        ("None", "None, not a TrialConfig (a missing return?)"),
+        ("{'a': 1}", "dict, not a TrialConfig (end it with return TrialConfig(...))"),
+    ],
+)
+def test_a_function_that_returns_something_else_is_refused(returned, said):
     space = as_space(f"def search_space(trial):\n    return {returned}\n")
-    with pytest.raises(SpaceError, match=f"search_space returned {name}, not a TrialConfig"):
+    with pytest.raises(SpaceError) as caught:
         space.config({})
+    assert str(caught.value) == f"space.py: search_space returned {said}"
 
 
 def test_an_exception_in_the_function_is_told_with_its_innermost_line_in_the_file():
@@ -238,10 +369,56 @@ def test_a_typo_in_a_keyword_is_told_with_the_users_own_line():
         space.config({})
 
 
-def test_a_wrong_value_of_a_configuration_is_told_as_it_is():
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("Sgd()", "Sgd needs lr"),
+        ("Sgd(0.1)", "Sgd takes its fields by name: Sgd(lr=...)"),
+        ("Sgd(0.1, momentum=0.9)", "Sgd takes its fields by name: Sgd(lr=...)"),
+        ("TrialConfig('resnet18')", "TrialConfig takes its fields by name: TrialConfig(model=...)"),
+        ("TrialConfig(epochs=3)", "TrialConfig needs model, optimizer"),
+        ("trial.sugest_float('x', 0, 1)", "trial has no sugest_float; did you mean 'suggest_flo"),
+        ("trial.zzz", "trial has no zzz; it has suggest_float, suggest_int, suggest_categorical"),
+        (
+            "trial.suggest_float('x', 1, 2, lgo=True)",
+            "trial.suggest_float has no lgo; did you mean 'log'?",
+        ),
+        ("trial.suggest_float('x', 1)", "trial.suggest_float: missing 1 required positional arg"),
+    ],
+)
+def test_a_wrong_call_is_told_with_its_line_and_without_our_class_names(line, said):
+    space = body("x = 1", line)
+    for how in (space.branches, lambda: space.config({})):
+        with pytest.raises(SpaceError) as caught:
+            how()
+        assert str(caught.value).startswith(f"space.py:5: {said}")
+
+
+def test_a_wrong_call_of_other_code_keeps_its_error():
+    space = body("len()")
+    with pytest.raises(SpaceError, match=r"space\.py:4: TypeError: len\(\) takes exactly one"):
+        space.branches()
+
+
+def test_a_wrong_value_of_a_configuration_is_told_with_its_line():
     space = body("Sgd(lr=trial.suggest_float('lr', -1.0, 1.0))")
-    with pytest.raises(ConfigError, match=r"Sgd: lr must be a number > 0, got -1\.0"):
+    with pytest.raises(ConfigError) as caught:
         space.config({"lr": -1.0})
+    assert str(caught.value) == "space.py:4: Sgd: lr must be a number > 0, got -1.0"
+
+
+def test_a_mistake_in_one_of_several_branches_is_told_with_its_values():
+    space = body(
+        "if trial.suggest_categorical('optimizer', ['adamw', 'sgd']) == 'sgd':",
+        "    lr = trial.suggest_float('sgd.lr', 0.1, 1.0)",
+        "    Sgd(lr=lr, momentum=2)",
+    )
+    with pytest.raises(ConfigError) as caught:
+        space.branches()
+    assert str(caught.value) == (
+        "space.py:6: Sgd: momentum must be a number in [0, 1), got 2 "
+        "(with optimizer=sgd sgd.lr=0.1)"
+    )
 
 
 def test_a_space_answers_optunas_own_trials_as_it_answers_a_replay(space):
@@ -281,12 +458,12 @@ def test_a_replay_gives_exactly_the_values_that_were_given(space):
         ("zzz", ""),
     ],
 )
-@pytest.mark.parametrize("how", ["replay", "config", "complete"])
+@pytest.mark.parametrize("how", ["replay", "config"])
 def test_a_value_that_nothing_asks_for_is_refused(space, how, extra, hint):
     with pytest.raises(SpaceError) as caught:
         getattr(space, how)({**SGD, extra: 0.1})
     assert str(caught.value) == (
-        f"space.py never asks for {extra!r} here{hint}; "
+        f"space.py: never asks for {extra!r} here{hint}; "
         "it asks for freeze_depth, optimizer, sgd.lr, batch_size"
     )
 
@@ -305,6 +482,21 @@ def test_a_missing_value_is_named_with_what_is_allowed(space, name, allowed):
     with pytest.raises(SpaceError) as caught:
         space.replay(params)
     assert f"no value for {name!r} ({allowed}); give it, as in --set {name}=" in str(caught.value)
+
+
+def test_all_missing_values_are_named_at_once(space):
+    with pytest.raises(SpaceError) as caught:
+        space.replay({"optimizer": "adamw", "adamw.schedule": "constant", "batch_size": 32})
+    assert str(caught.value) == (
+        "space.py: no value for 'freeze_depth' (0 to 5, whole), 'adamw.lr' (0.0001 to 0.1, log); "
+        "give them, as in --set freeze_depth=... --set adamw.lr=..."
+    )
+
+
+def test_a_missing_value_is_told_even_where_what_stands_in_for_it_is_not_allowed():
+    space = body("Sgd(lr=trial.suggest_float('lr', 0.0, 1.0))")
+    with pytest.raises(SpaceError, match=r"no value for 'lr' \(0 to 1\)"):
+        space.replay({})
 
 
 @pytest.mark.parametrize(
@@ -326,7 +518,7 @@ def test_a_missing_value_is_named_with_what_is_allowed(space, name, allowed):
         ("batch_size", "64", "32 | 64"),
     ],
 )
-@pytest.mark.parametrize("how", ["replay", "complete"])
+@pytest.mark.parametrize("how", ["replay", "covered"])
 def test_a_value_out_of_range_is_refused_with_what_is_allowed(space, how, name, value, allowed):
     with pytest.raises(SpaceError) as caught:
         getattr(space, how)({**SGD, name: value})
@@ -347,20 +539,8 @@ def test_a_step_of_a_range_is_kept():
             space.replay(wrong)
 
 
-def test_completing_takes_the_first_choice_and_the_low_end(space):
-    assert space.complete({}).params == {
-        "freeze_depth": 0,
-        "optimizer": "adamw",
-        "adamw.lr": 1e-4,
-        "adamw.schedule": "cosine",
-        "adamw.warmup": 0.0,
-        "batch_size": 32,
-    }
-    given = {"optimizer": "sgd", "batch_size": 64}
-    completed = space.complete(given)
-    assert completed.params == {"freeze_depth": 0, "sgd.lr": 1e-3, **given}
-    assert completed.config == space.config(completed.params)
-    assert given == {"optimizer": "sgd", "batch_size": 64}
+def test_what_is_not_asked_for_can_be_left_out(space):
+    assert space.covered({**SGD, "adamw.lr": 1e-3, "gone": 3}).params == SGD
 
 
 # --- --set ---------------------------------------------------------------------------------------
@@ -376,17 +556,17 @@ def test_completing_takes_the_first_choice_and_the_low_end(space):
 )
 def test_set_changes_what_is_written_and_nothing_else(space, chosen, changed):
     base = dict(ADAMW)
-    got = space.override(base, chosen)
+    got = space.choose(chosen, base)
     assert got == {**ADAMW, **changed}
     assert [type(got[k]) for k in got] == [type(ADAMW[k]) for k in got]
     assert base == ADAMW
 
 
 def test_set_of_another_branch_drops_the_values_of_the_old_one(space):
-    got = space.override(ADAMW, {"optimizer": "sgd", "sgd.lr": "0.01"})
+    got = space.choose({"optimizer": "sgd", "sgd.lr": "0.01"}, ADAMW)
     assert got == {"freeze_depth": 0, "optimizer": "sgd", "sgd.lr": 0.01, "batch_size": 32}
     assert space.config(got).optimizer == Sgd(lr=0.01)
-    nested = space.override(ADAMW, {"adamw.schedule": "constant"})
+    nested = space.choose({"adamw.schedule": "constant"}, ADAMW)
     kept = {name: value for name, value in ADAMW.items() if name != "adamw.warmup"}
     assert nested == {**kept, "adamw.schedule": "constant"}
 
@@ -403,12 +583,61 @@ def test_set_of_another_branch_drops_the_values_of_the_old_one(space):
         ({"freeze_depth": "9"}, r"freeze_depth=9: allowed is 0 to 5, whole"),
         ({"optimizer": "adam"}, r"--set optimizer=adam: allowed is adamw \| sgd"),
         ({"optimizer": "sgd"}, r"no value for 'sgd\.lr' \(0\.001 to 0\.1, log\)"),
-        ({"sgd.lr": "0.01"}, r"--set sgd\.lr: not asked for beside the other values"),
+        ({"sgd.lr": "0.01"}, r"--set sgd\.lr: not asked for with the other values"),
     ],
 )
 def test_a_wrong_set_is_refused(space, chosen, said):
     with pytest.raises(SpaceError, match=said):
-        space.override(ADAMW, chosen)
+        space.choose(chosen, ADAMW)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "wanted"),
+    [
+        ({}, ADAMW),
+        ({"freeze_depth": "5"}, {**ADAMW, "freeze_depth": 5}),
+        ({"optimizer": "sgd"}, SGD),
+        ({"sgd.lr": "0.05"}, {**SGD, "sgd.lr": 0.05}),
+        ({"optimizer": "sgd", "batch_size": "32"}, {**SGD, "batch_size": 32}),
+        ({"adamw.schedule": "constant"}, {k: ADAMW.get(k) for k in ADAMW if k != "adamw.warmup"}
+         | {"adamw.schedule": "constant"}),
+    ],
+)  # fmt: skip
+def test_what_is_not_set_is_as_in_the_first_recipe_that_agrees(chosen, wanted):
+    text = SPACE.replace('{"optimizer": "sgd", "sgd.lr": 0.01}', f"{ADAMW!r}, {SGD!r}")
+    assert as_space(text).choose(chosen) == wanted
+
+
+def test_a_recipe_with_the_choice_that_is_set_comes_before_one_that_could_take_it():
+    space = as_space(
+        "from tuneapp.config import Sgd, TrialConfig\n"
+        "FIRST_TRIALS = [{'kind': 'a', 'lr': 0.1}, {'kind': 'b', 'lr': 0.2}]\n"
+        "def search_space(trial):\n"
+        "    trial.suggest_categorical('kind', ['a', 'b', 'c'])\n"
+        "    lr = trial.suggest_float('lr', 0.1, 1.0)\n"
+        "    return TrialConfig(model='resnet18', optimizer=Sgd(lr=lr))\n"
+    )
+    assert space.choose({"kind": "b"}) == {"kind": "b", "lr": 0.2}
+    assert space.choose({"kind": "c"}) == {"kind": "c", "lr": 0.1}
+    assert space.choose({"lr": "0.3"}) == {"kind": "a", "lr": 0.3}
+
+
+def test_where_no_recipe_agrees_all_that_is_missing_is_named(space):
+    with pytest.raises(SpaceError) as caught:
+        space.choose({"optimizer": "adamw"})
+    assert str(caught.value) == (
+        "space.py: no value for 'freeze_depth' (0 to 5, whole), 'adamw.lr' (0.0001 to 0.1, log), "
+        "'adamw.schedule' (cosine | constant), 'batch_size' (32 | 64); give them, as in "
+        "--set freeze_depth=... --set adamw.lr=... --set adamw.schedule=... --set batch_size=..."
+    )
+
+
+@pytest.mark.parametrize("name", ["epochs", "model", "image_size"])
+def test_a_field_that_the_space_sets_itself_is_told_with_the_flags_that_there_are(space, name):
+    with pytest.raises(SpaceError) as caught:
+        space.choose({name: "3"})
+    for words in (f"--set {name}: space.py has no such parameter", "--epochs N", "it has freeze_"):
+        assert words in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -536,6 +765,14 @@ def test_one_name_with_two_ranges_in_two_branches_is_refused():
         "space.py: parameter 'lr' is 0.1 to 1 in one branch and 0.1 to 2 in another; give each "
         "branch its own name, such as 'sgd.lr' and 'adamw.lr'"
     )
+
+
+def test_a_random_range_is_told_as_such_and_not_as_two_meanings():
+    space = body("import random", "trial.suggest_float('x', 0, random.uniform(1, 2))")
+    with pytest.raises(
+        SpaceError, match=r"'x' is 0 to 1\.\d+ when the file is read, and .* again;"
+    ):
+        space.branches()
 
 
 def test_one_name_with_one_range_in_two_branches_is_allowed():

@@ -245,7 +245,7 @@ def test_groups_give_the_part_that_is_nearest_to_the_share() -> None:
 
 def test_one_group_of_all_images_cannot_be_split() -> None:
     message = refused(image_set(uneven(a=20, b=20), ["same"] * 40))
-    assert "all images are of one group, 'same'" in message
+    assert "all images belong to one group, 'same'" in message
     assert "check the group column or expression" in message
 
 
@@ -263,7 +263,7 @@ def test_a_group_that_the_data_put_on_both_sides_is_named() -> None:
     images = image_set(labels, groups, names)
     assert leaking_groups(images) == {"p3": ["train", "val"]}
     message = refused(images)
-    assert "1 group(s) are on both sides of a split, such as 'p3', in train and val" in message
+    assert "1 group(s) are in several splits, such as 'p3' in train and val" in message
 
 
 def make_files(root: Path, names: Iterable[str], colour: int = 0) -> Path:
@@ -378,7 +378,7 @@ def test_folds_without_a_test_share_use_every_image() -> None:
 def test_more_folds_than_images_of_a_class_are_refused_by_name() -> None:
     message = refused(image_set([0] * 40 + [1] * 5, folds=5))
     assert "5 folds need 5 images of each class, and there are fewer of b" in message
-    assert "ask for fewer folds" in message
+    assert "give fewer folds" in message
 
 
 def test_more_folds_than_groups_are_refused() -> None:
@@ -393,7 +393,7 @@ def test_a_fold_without_a_class_is_named() -> None:
     groups = [f"p{i // 3}" for i in range(30)] + ["q"] * 15 + ["r"] * 15
     message = refused(image_set(labels, groups, folds=3, test_share=0))
     assert "no image of b would be in val of fold" in message
-    assert "or ask for fewer folds" in message
+    assert "or give fewer folds" in message
 
 
 def test_the_sealed_set_has_no_test_example() -> None:
@@ -571,7 +571,7 @@ def test_another_content_of_the_same_size_is_noticed_by_its_time(recorded: Image
     content = bytearray(file.read_bytes())
     content[-20] ^= 1
     swap(file, bytes(content), keep_time=False)
-    with pytest.raises(DataError, match=r"^1 of 12 images in .* changed since .*: x/3\.png; put"):
+    with pytest.raises(DataError, match=r"^1 of 12 images .* changed since .*: x/3\.png; restore"):
         require_unchanged(recorded)
 
 

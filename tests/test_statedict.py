@@ -1,4 +1,7 @@
+import pickle
 import re
+import zipfile
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,8 +57,24 @@ def test_a_file_is_read_to_the_same_tensors(name: str, own_state: State, tmp_pat
         lambda state: {"model": {"x": torch.zeros(1)}, "ema": state},
         lambda state: {"model": {"x": torch.zeros(1)}, "state_dict": state},
         lambda state: {"state_dict": state | {"note": "mine"}},
+        lambda state: {"net": state, "epoch": 3},
+        lambda state: {"student": {"x": torch.zeros(1)}, "teacher": state},
+        lambda state: {"weights": state},
+        lambda state: {"model": {"state_dict": state, "name": "mine"}},
+        lambda state: {"ema": {"model": {"note": 1}}, "model": {"net": {"weights": state}}},
+        # As the training scripts of torchvision and timm save it.
+        lambda state: {"model": state, "args": Namespace(lr=0.1, sizes=[1, 2], aa=None)},
+        lambda state: {
+            "arch": "x",
+            "state_dict": state,
+            "args": Namespace(opt="sgd"),
+            "metric": 7.0,
+        },
     ],
-    ids=["state_dict", "model", "no ema", "settings of ema", "ema", "two", "a word"],
+    ids=[
+        *("state_dict", "model", "no ema", "settings of ema", "ema", "two", "a word", "net"),
+        *("teacher", "weights", "twice", "three times", "torchvision's", "timm's"),
+    ],
 )
 def test_a_state_dict_is_found_in_its_usual_wrappings(
     wrap: Callable[[State], object], own_state: State, tmp_path: Path
@@ -98,11 +117,176 @@ def test_a_damaged_file_is_refused_by_name(
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "cause"),
+    [
+        ("w.safetensors", (1).to_bytes(8, "little"), "its header claims 9 bytes, but at most 8 "),
+        ("text.pth", b"hello world\n", "KeyError: 101)"),
+        ("empty.pth", b"", "EOFError)"),
+    ],
+)
+def test_the_cause_of_an_unreadable_file_is_told_in_words(
+    name: str, content: bytes, cause: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(WeightsError) as caught:
+        read_state_dict(tmp_path / name, 0)
+    told = f"{tmp_path / name} is not a readable file of plain weights ({cause}"
+    assert str(caught.value).startswith(told)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_pickled_file_is_refused_without_torch_s_own_warning(
+    protocol: int, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    file = tmp_path / "model.pkl"
+    file.write_bytes(pickle.dumps({"model": Touch(tmp_path / "marker")}, protocol=protocol))
+    with pytest.raises(WeightsError, match=r"model\.pkl (holds a pickled|is not a readable)"):
+        read_state_dict(file, 0)
+    assert not recwarn.list
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize(
     "content", [{"epoch": 3}, [torch.zeros(2)], {"model": {"epoch": 3}}, torch.zeros(2)]
 )
 def test_a_file_without_a_state_dict_is_refused_by_name(content: object, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"other\.pt holds no state_dict"):
         read_state_dict(saved(content, tmp_path / "other.pt"), 0)
+
+
+def test_a_file_without_a_state_dict_is_refused_with_what_is_in_it(tmp_path: Path) -> None:
+    file = saved({"epoch": 3, "backbone": {"x": torch.zeros(2)}}, tmp_path / "other.pt")
+    with pytest.raises(WeightsError, match=r"; at its top level: epoch, backbone$"):
+        read_state_dict(file, 0)
+    with pytest.raises(WeightsError, match=r"; it holds a list$"):
+        read_state_dict(saved([torch.zeros(2)], file), 1)
+    many = {f"k{i}": i for i in range(11)}
+    with pytest.raises(WeightsError, match=r"; at its top level: k0, .*, k9, \.\.\.$"):
+        read_state_dict(saved(many, file), 2)
+
+
+def test_a_dict_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    around: dict[str, object] = {}
+    around.update(dict.fromkeys(("ema", "teacher", "state_dict", "model", "net"), around))
+    with pytest.raises(WeightsError, match=r"other\.pt holds no state_dict"):
+        read_state_dict(saved(around, tmp_path / "other.pt"), 0)
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["archive", "as before 2020"])
+def test_a_class_that_is_refused_is_named_and_not_called_damaged(new: bool, tmp_path: Path) -> None:
+    content = {"model": {"x": torch.zeros(2)}, "where": Touch(tmp_path), "args": Namespace(lr=1)}
+    torch.save(content, tmp_path / "w.pt", _use_new_zipfile_serialization=new)
+    with pytest.raises(
+        WeightsError, match=r"w\.pt holds a pickled object \((_?io)\.open\)"
+    ) as told:
+        read_state_dict(tmp_path / "w.pt", 0)
+    assert "damaged" not in str(told.value)
+    assert "Namespace" not in str(told.value)
+
+
+def test_of_a_whole_network_that_was_saved_the_first_classes_are_named(tmp_path: Path) -> None:
+    whole = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.BatchNorm1d(2), nn.GELU())
+    with pytest.raises(WeightsError) as told:
+        read_state_dict(saved(whole, tmp_path / "w.pt"), 0)
+    assert str(told.value) == (
+        f"{tmp_path / 'w.pt'} holds a pickled object (torch.nn.modules.activation.GELU, "
+        "torch.nn.modules.activation.ReLU, torch.nn.modules.batchnorm.BatchNorm1d, ...), which "
+        "could run code; it must hold plain tensors: save it with torch.save(model.state_dict(), "
+        "...)"
+    )
+
+
+def flip(file: Path, at: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(bytes(content))
+
+
+def test_a_flipped_bit_in_a_tensor_is_found_and_its_record_named(tmp_path: Path) -> None:
+    file = saved({"a": torch.ones(5000), "b": torch.ones(5000)}, tmp_path / "w.pt")
+    with zipfile.ZipFile(file) as archive:
+        begin = archive.getinfo("w/data/1").header_offset
+    flip(file, begin + 10_000)
+    # torch reads other numbers without a word.
+    assert not torch.load(file, weights_only=True)["b"].eq(1).all()
+    with pytest.raises(WeightsError, match=r"w\.pt is damaged: the checksum of w/data/1 in it"):
+        read_state_dict(file, 0)
+
+
+def test_an_archive_that_was_saved_without_checksums_is_read(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        file = saved({"a": torch.ones(50)}, tmp_path / "w.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert read_state_dict(file, 0)["a"].sum() == 50
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0a\nsize 9\n",
+            "is a Git LFS pointer: run `git lfs pull`",
+        ),
+        (b"\n <!DOCTYPE html><html>Please log in</html>", "is a web page, not weights"),
+        (b"<HTML><body>404</body></HTML>", "is a web page, not weights"),
+    ],
+)
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+def test_what_was_downloaded_in_place_of_weights_is_told(
+    name: str, content: bytes, told: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(WeightsError, match=re.escape(f"{name} {told}")):
+        read_state_dict(tmp_path / name, 0)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_torchscript_is_told(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "w.pt")
+    with pytest.raises(WeightsError, match=r"w\.pt is TorchScript; save its state_dict\(\)"):
+        read_state_dict(tmp_path / "w.pt", 0)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [("w.safetensors", "w.pt"), ("w.pt", "w.safetensors"), ("w.pt", "w.bin"), ("w.pt", "w")],
+)
+@pytest.mark.parametrize("new", [True, False], ids=["archive", "as before 2020"])
+def test_a_file_is_read_by_its_content_whatever_its_ending_is(
+    right: str, wrong: str, new: bool, own_state: State, tmp_path: Path
+) -> None:
+    if right == "w.pt":
+        torch.save(own_state, tmp_path / right, _use_new_zipfile_serialization=new)
+    else:
+        saved(own_state, tmp_path / right)
+    (tmp_path / right).rename(tmp_path / wrong)
+    state = read_state_dict(tmp_path / wrong, 0)
+    assert all(torch.equal(state[name], tensor) for name, tensor in own_state.items())
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64]
+)
+def test_whole_and_complex_numbers_do_not_become_weights(
+    dtype: torch.dtype, own_state: State, tmp_path: Path
+) -> None:
+    network = OwnNet(5)
+    before = copied(network)
+    file = saved(
+        {**own_state, "body.0.weight": own_state["body.0.weight"].to(dtype)}, tmp_path / "w"
+    )
+    with pytest.raises(WeightsError, match=r"1 of another kind of numbers \(body\.0\.weight\)"):
+        load_weights(network, config_of(OWN), file)
+    require_equal(network, before)
+    report = load_weights(network, config_of(OWN, partial_weights=True), file)
+    assert (report.other_kind, report.other_shape) == (("body.0.weight",), ())
+    require_equal(network, {**own_state, "body.0.weight": before["body.0.weight"]})
+    # A head of another kind is a new head.
+    file = saved({**own_state, "head.2.bias": own_state["head.2.bias"].to(dtype)}, tmp_path / "h")
+    assert load_weights(OwnNet(5), config_of(OWN), file).other_kind == ("head.2.bias",)
 
 
 @pytest.mark.parametrize("name", ["gone.pt", "gone.safetensors"])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
+import tuneapp.training as training
 import tuneapp.trial as trial
 from tuneapp import config as c
 from tuneapp.average import WeightAverage
@@ -43,7 +44,7 @@ from tuneapp.data.sampling import InOrder, Shuffled
 from tuneapp.data.source import read_images
 from tuneapp.data.store import open_store
 from tuneapp.data.views import evaluation_view, mixing, training_view
-from tuneapp.errors import CheckpointError, ConfigError, Diverged
+from tuneapp.errors import AppliedValueError, CheckpointError, ConfigError, Diverged
 from tuneapp.models import build_network
 from tuneapp.schedules import Schedule
 from tuneapp.staged import StagedModel
@@ -367,8 +368,6 @@ def forget(owner: object, name: str) -> Callable[[pytest.MonkeyPatch], None]:
 
 FORGOTTEN = {
     "model": (forget(nn.Module, "load_state_dict"), "train/loss"),
-    "optimizer": (forget(torch.optim.Optimizer, "load_state_dict"), "train/loss"),
-    "schedule": (forget(Schedule, "load_state_dict"), "train/loss"),
     "average": (forget(WeightAverage, "load_state_dict"), "val/loss"),
     "generator": (forget(torch, "set_rng_state"), "train/loss"),
 }
@@ -394,13 +393,28 @@ def test_a_resume_that_forgot_a_piece_would_be_seen(
     assert f"/history/1/{seen_in}" in differences(outcome(resumed), straight)
 
 
+@pytest.mark.parametrize("forgotten", [torch.optim.Optimizer, Schedule], ids=lambda c: c.__name__)
+def test_a_resume_that_forgot_the_learning_rates_is_stopped(
+    forgotten: type,
+    deep_small: TrialConfig,
+    run: TrialRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = replace(deep_small, epochs=2, optimizer=Sgd(lr=0.02), schedule=Cosine())
+    interrupt_after(config, replace(run, folder=tmp_path), 1)
+    forget(forgotten, "load_state_dict")(monkeypatch)
+    with pytest.raises(AppliedValueError, match=r"lr of .* was .* at update"):
+        run_trial(config, run, ignore, resume_from=tmp_path / "checkpoints")
+
+
 def test_a_finished_trial_is_reported_again_and_not_trained_again(
     small: TrialConfig, run: TrialRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = replace(run, folder=tmp_path)
     first: list[Row] = []
     finished = outcome(run_trial(small, run, first.append))
-    monkeypatch.setattr(trial, "train_one_epoch", None)
+    monkeypatch.setattr(training, "train_one_epoch", None)
     again: list[Row] = []
     state = run_trial(small, run, again.append, resume_from=tmp_path / "checkpoints")
     assert again == first

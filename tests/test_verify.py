@@ -367,9 +367,7 @@ def test_a_training_that_fails_by_itself_is_refused_with_its_cause(
     fake: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE", "fails")
-    with pytest.raises(
-        ConfigError, match="does not come to its end, even without a kill: KeyError"
-    ):
+    with pytest.raises(ConfigError, match="fails even without a kill: KeyError"):
         verify._train_straight([], fake, nothing, nothing)
 
 
@@ -381,7 +379,7 @@ def test_a_training_that_cannot_go_on_says_why(fake: Path, monkeypatch: pytest.M
         epochs=3, asked=1, kills=tuple(kills), failure=failure, device="cpu", folder=fake
     )
     assert not found.is_same
-    assert "could not go on: it is lost" in "\n".join(verified_lines(found))
+    assert "could not be resumed: it is lost" in "\n".join(verified_lines(found))
 
 
 def test_whatever_ends_us_ends_the_child(fake: Path) -> None:
@@ -475,7 +473,7 @@ def test_a_difference_before_the_first_kill_is_not_blamed_on_it() -> None:
     [
         (["--interruptions", "0"], "--interruptions 0: must be at least 1"),
         (["--interruptions", "3"], "--interruptions 3: must be 1 to 2 for a training of 3 epoch"),
-        (["--epochs", "0"], "epochs must be"),
+        (["--epochs", "0"], "--epochs 0: must be"),
         (["--set", "nothing=1"], "has no such parameter"),
         (["--data", "nowhere"], "no such folder"),
         (["--keeep"], "--keeep"),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torchvision.transforms import v2
 
 from tests.states import config_of
 from tuneapp.config import AUGMENTS
@@ -360,6 +361,35 @@ def test_a_cutmix_batch_has_a_rectangle_of_the_neighbour_as_large_as_its_label_s
             assert share_of_own(shares, labels) == pytest.approx(1 - area / 32**2, abs=1e-6)
             areas.append(area)
     assert len(set(areas)) > 8
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_alpha_says_how_much_is_mixed(position: int) -> None:
+    def kept(alpha: float) -> list[float]:
+        """The share that each batch keeps of itself."""
+        mix = (alpha, 0.0) if position == 0 else (0.0, alpha)
+        epochs = range(1, 21)
+        return [
+            share_of_own(mixed, labels)
+            for epoch in epochs
+            for (_, labels), (_, mixed) in zip(
+                batches_of(batch_size=3).epoch(epoch),
+                batches_of(batch_size=3, mix=mix).epoch(epoch),
+                strict=True,
+            )
+        ]
+
+    # A beta distribution with two large parameters is narrow around a half; with small ones, most
+    # of it lies at the ends. (At the border of the image, a rectangle is cut off: more is kept.)
+    assert min(kept(1000.0)) > 0.45
+    few = kept(0.05)
+    assert sum(share > 0.98 for share in few) > 0.3 * len(few)
+
+
+def test_with_both_each_has_its_own_alpha() -> None:
+    mixup, cutmix = mixing(0.2, 0.7, num_classes=12).transforms
+    assert (type(mixup), mixup.alpha) == (v2.MixUp, 0.2)
+    assert (type(cutmix), cutmix.alpha) == (v2.CutMix, 0.7)
 
 
 def test_with_both_each_batch_is_mixed_one_way_or_the_other() -> None:

@@ -28,7 +28,7 @@ from tests.states import (
     saved,
 )
 from tuneapp.average import WeightAverage
-from tuneapp.checkpoint import MANIFEST, TrainState
+from tuneapp.checkpoint import MANIFEST, TrainState, drop
 from tuneapp.config import Preprocess, TrialConfig
 from tuneapp.config.trial import INTERPOLATIONS
 from tuneapp.data.examples import ImageSet
@@ -231,7 +231,7 @@ def test_a_larger_relative_is_refused_with_the_share_of_it_that_is_ours(tmp_path
     # resnet18 has 11 689 512 parameters and resnet34 21 797 672, of which the head are 513 000;
     # their BatchNorms have 4 800 and 8 512 channels, with a mean and a variance each.
     wanted = (11_689_512 - 513_000 + 2 * 4_800) / (21_797_672 - 513_000 + 2 * 8_512)
-    said = rf"fits 100% of resnet18's backbone, which is {wanted:.0%} of what it holds: "
+    said = rf"fits 100% of resnet18's backbone, which is {wanted:.0%} of the file: "
     with pytest.raises(WeightsError, match=said):
         load_weights(build_network("resnet18", 3), config_of(), file)
 
@@ -302,6 +302,7 @@ def test_a_file_of_which_nothing_fits_is_no_part_either(
     with pytest.raises(WeightsError, match=r"vgg\.pt fits 0% of resnet18's") as caught:
         load_weights(build_network("resnet18", 5), config, file)
     assert "partial_weights" not in str(caught.value)  # it would not help
+    assert str(caught.value).endswith("; give weights of resnet18, or None for random ones")
 
 
 # --- A network of one's own -----------------------------------------------------------------------
@@ -432,16 +433,42 @@ def remove_the_file(folder: Path) -> None:
     (folder / "epoch-0002.pt").unlink()
 
 
-@pytest.mark.parametrize("spoil", [forget, scribble, lose_the_best, remove_the_file])
+def lead_elsewhere(folder: Path) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / "epoch-0002.pt").rename(folder.parent / "epoch-0002.pt")
+    manifest["best"]["file"] = "../epoch-0002.pt"
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def keep_nothing(folder: Path) -> None:
+    drop(folder)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "cause"),
+    [
+        (forget, "no checkpoint of a trial in this folder; give a file, or a folder such as "),
+        (scribble, "{folder} holds no intact best checkpoint"),
+        (lose_the_best, "{folder} holds no intact best checkpoint"),
+        (lead_elsewhere, "{folder} holds no intact best checkpoint"),
+        (
+            remove_the_file,
+            "{folder} holds no intact best checkpoint: {folder}/epoch-0002.pt cannot",
+        ),
+        (keep_nothing, "{folder}: the checkpoints of this trial were not kept; raise --keep-best"),
+    ],
+)
 def test_a_folder_without_a_best_checkpoint_is_refused_by_name(
-    spoil: Callable[[Path], None], tmp_path: Path
+    spoil: Callable[[Path], None], cause: str, tmp_path: Path
 ) -> None:
     trained(tmp_path)
-    spoil(tmp_path / "checkpoints")
-    with pytest.raises(WeightsError, match=re.escape(f"weights {str(tmp_path)!r}: no ")) as caught:
+    folder = tmp_path / "checkpoints"
+    spoil(folder)
+    told = f"weights {str(tmp_path)!r}: {cause.format(folder=folder)}"
+    with pytest.raises(WeightsError, match=re.escape(told)) as caught:
         find_weights(OWN, str(tmp_path))
-    assert "runs/NAME/trials/t0001" in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert "Error" not in str(caught.value)  # of Python's
 
 
 def test_a_damaged_checkpoint_is_refused_by_its_manifest(tmp_path: Path) -> None:
@@ -482,6 +509,25 @@ def test_a_file_that_is_not_there_is_named(model: str, asked: str) -> None:
 
 
 @pytest.mark.parametrize("model", ["resnet18", OWN])
+@pytest.mark.parametrize("asked", ["https://example.org/w.pth", "file:///tmp/w.pth", "s3://b/w"])
+def test_a_url_is_not_a_file(model: str, asked: str) -> None:
+    with pytest.raises(WeightsError) as caught:
+        find_weights(model, asked)
+    assert str(caught.value) == (
+        f"weights {asked!r}: a URL is not accepted: download the file and give its path"
+    )
+
+
+def test_a_folder_that_is_none_of_a_trial_is_told_without_python_s_words(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError) as caught:
+        find_weights("resnet18", str(tmp_path))
+    assert str(caught.value) == (
+        f"weights {str(tmp_path)!r}: no checkpoint of a trial in this folder; give a file, or a "
+        "folder such as runs/NAME/trials/t0001"
+    )
+
+
+@pytest.mark.parametrize("model", ["resnet18", OWN])
 def test_random_weights_need_nothing(model: str, torch_home: Path) -> None:
     found = find_weights(model, None)
     assert (found.file, found.name, found.warning) == (None, "random", "")
@@ -495,7 +541,7 @@ def test_auto_is_random_for_a_network_of_one_s_own_without_a_warning(torch_home:
 
 
 @pytest.mark.parametrize("asked", ["DEFAULT", "IMAGENET1K_V1", "whatever"])
-def test_a_network_of_one_s_own_has_no_weights_by_name(asked: str) -> None:
+def test_a_custom_network_has_no_weights_by_name(asked: str) -> None:
     with pytest.raises(
         WeightsError, match=rf"'{asked}': there are none by name .*{re.escape(OWN)}.*None or 'auto'"
     ):
@@ -508,6 +554,23 @@ def test_a_network_of_one_s_own_has_no_weights_by_name(asked: str) -> None:
 def test_unknown_weights_are_refused_with_the_nearest_name(asked: str, near: str) -> None:
     with pytest.raises(WeightsError, match=rf"'{asked}' of resnet18 .*did you mean '{near}'\?"):
         find_weights("resnet18", asked)
+
+
+def test_a_name_in_full_of_another_network_is_refused_with_the_nearest_one() -> None:
+    told = r"of resnet34 are unknown; did you mean 'ResNet34_Weights\.IMAGENET1K_V1'\?"
+    with pytest.raises(WeightsError, match=told):
+        find_weights("resnet34", "ResNet18_Weights.IMAGENET1K_V1")
+    with pytest.raises(WeightsError, match="there are none by name for a custom network"):
+        find_weights(OWN, "ResNet18_Weights.IMAGENET1K_V1")
+
+
+def test_a_name_in_full_has_the_preprocessing_of_those_weights() -> None:
+    short = preprocessing_of(config_of("resnet50", weights="IMAGENET1K_V1"), None)
+    in_full = preprocessing_of(
+        config_of("resnet50", weights="ResNet50_Weights.IMAGENET1K_V1"), None
+    )
+    assert in_full == short
+    assert short != preprocessing_of(config_of("resnet50", weights="IMAGENET1K_V2"), None)
 
 
 @pytest.mark.parametrize("spoil", [Path.unlink, lambda file: file.write_bytes(b"other")])
@@ -572,7 +635,7 @@ def test_named_weights_without_network_are_an_error_that_says_where_to_put_the_f
     with pytest.raises(WeightsError) as caught:
         find_weights("resnet18", asked)
     assert f"put the file at {torch_home / GOOD_NAME}" in str(caught.value)
-    assert "cannot be fetched" in str(caught.value)
+    assert "cannot be downloaded" in str(caught.value)
 
 
 @pytest.mark.usefixtures("offered")
@@ -652,8 +715,13 @@ def test_images_are_prepared_as_the_weights_were_evaluated(
         ({"interpolation": "nearest"}, Preprocessing(232, 224, "nearest", *IMAGENET)),
         ({"resize_size": 224}, Preprocessing(224, 224, "bilinear", *IMAGENET)),
         (
-            {"mean": (1, 2, 3), "std": (4, 5, 6), "interpolation": "bicubic", "resize_size": 300},
-            Preprocessing(300, 224, "bicubic", (1, 2, 3), (4, 5, 6)),
+            {
+                "mean": (0.1, 0.2, 0.3),
+                "std": (0.4, 0.5, 0.6),
+                "interpolation": "bicubic",
+                "resize_size": 300,
+            },
+            Preprocessing(300, 224, "bicubic", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)),
         ),
     ],
 )

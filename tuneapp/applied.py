@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.lr_scheduler import CyclicLR
+from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
+from torchvision.transforms import v2
 
 from tuneapp.checkpoint import TrainState
+from tuneapp.data.batches import Batches
 from tuneapp.loop import Precision
 from tuneapp.losses import TrainingLoss
 from tuneapp.models import read_dropout
@@ -46,18 +48,23 @@ class Applied:
         frozen_training: names of frozen stages that are not in `eval()` mode, apart from their
             BatchNorm; must be empty.
         frozen_batchnorm: mode of the frozen BatchNorm layers: `eval`, `train`, `mixed` or `none`.
-        schedule_options: what it counts with, by torch's names; epochs in steps.
+        schedule_options: what it counts with, by torch's names; epochs in steps, and learning
+            rates as shares of the peak.
         dropout: probabilities of the dropout layers, without repeats.
-        stochastic_depth: probability of the last block's; None without any.
+        stochastic_depth: highest probability of a block; None without any.
         loss: torch's class, our function, or the import path of the user's.
-        loss_options: what it is called with, by the names of the configuration.
+        loss_options: what it is called with, by the names of the configuration; class weights as
+            the numbers themselves.
         aux_weight: of the losses of auxiliary classifiers.
         ema_decay: of the average of the weights; None where there is none.
         channels_last: whether the weights of convolutions lie in this memory format.
         batch_size: examples of one optimizer step; checked against the first epoch's batches.
         device: `cpu` or `cuda`.
         precision: what the forward pass computes in.
-        weights: torchvision's name, `file` or `random`.
+        weights: torchvision's or timm's name, `file`, `checkpoint` or `random`.
+        view: transforms of each training image, by torchvision's names; the smallest share of the
+            area for random crops.
+        mixing: transforms of each training batch, with their alphas.
         images: `stored`, decoded once for all, or `streamed`, decoded at each use.
         workers: processes that make the batches.
     """
@@ -86,8 +93,10 @@ class Applied:
     device: str
     precision: str
     weights: str
-    images: str = "stored"
-    workers: int = 0
+    view: tuple[str, ...]
+    mixing: dict[str, float]
+    images: str
+    workers: int
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -95,11 +104,13 @@ class Applied:
 
 
 def read_back(
-    state: TrainState, loss_fn: TrainingLoss, batch_size: int, precision: Precision, weights: str
+    state: TrainState, loss_fn: TrainingLoss, batches: Batches, precision: Precision, weights: str
 ) -> Applied:
     """Read what the trial will train with from the objects themselves, before they do."""
     model, optimizer, schedule = state.model, state.optimizer, state.schedule
     loss, loss_options = loss_fn.describe()
+    if loss_options.get("class_weights") is not None:  # float32
+        loss_options["class_weights"] = [float(f"{w:.6g}") for w in loss_options["class_weights"]]
     groups = optimizer.param_groups
     held = [id(p) for group in groups for p in group["params"]]
     parameters = list(model.parameters())
@@ -132,10 +143,14 @@ def read_back(
         aux_weight=loss_fn.aux_weight,
         ema_decay=None if state.average is None else state.average.decay,
         channels_last=_is_channels_last(parameters),
-        batch_size=batch_size,
+        batch_size=batches.batch_size,
         device=parameters[0].device.type,
         precision=str(precision.dtype).removeprefix("torch."),
         weights=weights,
+        view=_names_of(batches.view),
+        mixing=_alphas_of(batches.mix),
+        images="streamed" if batches.is_streamed else "stored",
+        workers=batches.workers,
     )
 
 
@@ -193,7 +208,47 @@ def _schedule_options(schedule: Schedule) -> dict[str, Any]:
     found = {n: v for n, v in vars(schedule.main).items() if n in _SCHEDULE_OPTIONS}
     if "milestones" in found:
         found["milestones"] = sorted(found["milestones"])  # torch counts them
+    if isinstance(schedule.main, OneCycleLR | CyclicLR):
+        found |= _cycle_options(schedule.main)
+    if schedule.monitor is not None:
+        found["monitor"] = schedule.monitor
+    if schedule.rise is not None:
+        found["warmup_start"] = schedule.rise.start_factor
     return found
+
+
+def _cycle_options(main: OneCycleLR | CyclicLR) -> dict[str, Any]:
+    """Return what the cycling schedules keep in their groups and private lists, as shares."""
+    if isinstance(main, CyclicLR):
+        shares = {b / top for b, top in zip(main.base_lrs, main.max_lrs, strict=True) if top}
+        return {"base_factor": _common([_rounded(s) for s in sorted(shares)])}
+    groups = [g for g in main.optimizer.param_groups if g["max_lr"]]
+    return {
+        "peak_step": _rounded(main._schedule_phases[0]["end_step"]),
+        "div_factor": _common([_rounded(g["max_lr"] / g["initial_lr"]) for g in groups]),
+        "final_div_factor": _common([_rounded(g["initial_lr"] / g["min_lr"]) for g in groups]),
+    }
+
+
+def _rounded(value: float) -> float:
+    """Return a quotient without the last digits, in which rounding shows."""
+    return float(f"{value:.9g}")
+
+
+def _names_of(view: Any) -> tuple[str, ...]:
+    """Return the names of a view's transforms; custom ones by their class."""
+    steps = view.transforms if isinstance(view, v2.Compose) else [view]
+    return tuple(
+        f"{type(step).__name__}(scale={step.scale[0]:g})"
+        if isinstance(step, v2.RandomResizedCrop)
+        else type(step).__name__
+        for step in steps
+    )
+
+
+def _alphas_of(mix: Any) -> dict[str, float]:
+    """Return the alpha of each transform that may mix a batch, by torchvision's names."""
+    return {} if mix is None else {type(m).__name__: float(m.alpha) for m in mix.transforms}
 
 
 def _common(values: list[Any]) -> Any:

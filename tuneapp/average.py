@@ -45,6 +45,11 @@ class WeightAverage:
                 blend(decay)([a for a, _ in pairs], [c for _, c in pairs], None)
         self._steps += 1
 
+    @property
+    def steps(self) -> int:
+        """Updates that it has followed."""
+        return self._steps
+
     def state_dict(self) -> dict[str, Any]:
         """Return the averaged weights and the number of steps, named as `AveragedModel` does."""
         weights = {f"module.{name}": tensor for name, tensor in self.model.state_dict().items()}

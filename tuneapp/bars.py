@@ -1,11 +1,11 @@
-"""A bar for each step that goes over many images."""
+"""A progress bar for each step over many images."""
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 class ProgressBars:
-    """Shows how far each step is; nothing where there is no terminal, or next to nothing to do."""
+    """Shows how far each step is; nothing without a terminal or for few images."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -13,7 +13,7 @@ class ProgressBars:
         self._steps: dict[str, object] = {}
 
     def update(self, what: str, done: int, total: int) -> None:
-        """Take that `done` of `total` images are through the step `what`."""
+        """Show that `done` of `total` images are through the step `what`."""
         if not self._console.is_terminal or total < 500:
             return
         if self._progress is None:
@@ -31,7 +31,7 @@ class ProgressBars:
         self._progress.update(self._steps[what], completed=done)  # type: ignore[arg-type]
 
     def close(self) -> None:
-        """Take the bars away."""
+        """Remove the bars."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

@@ -1,13 +1,13 @@
 """The whole state of a training in one object; saved atomically, checked when read.
 
 A checkpoint folder holds two files and a manifest. The manifest names the newest epoch, the best
-one and, where these are the same, the one before, with their SHA-256. Replacing it is the moment at
-which a save counts: before it the old files are complete, after it the new one is. Files are read
-as plain tensors and values only.
+one and, if these are the same, the one before, with their SHA-256. A save takes effect when the
+manifest is replaced: before, the old files are complete; after, the new one is. Files are read as
+plain tensors and values only.
 
-What is frozen is the same in every epoch, and in every trial that froze as much: it is written
-once, stage by stage, into files that are named by their own hash. An epoch's file and its entry in
-the manifest say which of them belong to it.
+Frozen tensors are the same in every epoch, and in every trial that froze the same stages: they are
+written once, stage by stage, into files that are named by their own hash. An epoch's file and its
+entry in the manifest name those that belong to it.
 """
 
 import hashlib
@@ -24,31 +24,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from tuneapp.average import WeightAverage
 from tuneapp.config import TrialConfig, canonical_json
 from tuneapp.errors import CheckpointError
 from tuneapp.fetch import sha256_of
-from tuneapp.models import freeze_as
+from tuneapp.models import apply_freezing
 from tuneapp.optim import rebuild_optimizer
 from tuneapp.rundir import write_atomically, write_json
 from tuneapp.schedules import Schedule
 from tuneapp.staged import StagedModel
-from tuneapp.statedict import AVERAGED, FROZEN_PARTS, State, put_back
+from tuneapp.statedict import AVERAGED, FROZEN_PARTS, State, restore_frozen_parts
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _KINDS = ("last", "best", "previous")
 _NOT_KEPT = {"kept": "nothing"}
-"""A manifest of which `drop` left nothing."""
+"""The manifest that `drop` leaves."""
 _DIGITS = 32
-"""Of a SHA-256, in the name of a frozen part."""
+"""Digits of the SHA-256 in the name of a frozen part."""
 _WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By their bytes."""
+"""The integers with this number of bytes."""
 _LATER_FIELDS = {"sampling": "shuffle", "replacement": True, "num_samples": None}
+"""Fields of `TrialConfig` that older checkpoints lack -> the value that describes those trainings.
+
+A checkpoint is resumed only if its configuration, completed by these, is the trial's. Whoever adds
+a field to `TrialConfig` adds it here, with the value by which everything is as it was before;
+without that, every checkpoint written before is refused.
+"""
+_LATER_OPTIONS = {"Plateau": {"min_factor": 0.0}}
+"""The same for fields of an optimizer, a schedule or a loss, by its class."""
 
 Row = dict[str, Any]
 Content = dict[str, Any]
@@ -56,11 +63,11 @@ Content = dict[str, Any]
 
 @dataclass(frozen=True)
 class _Entry:
-    """What the manifest says of one epoch.
+    """The entry of one epoch in the manifest.
 
     Attributes:
         file: its name in the checkpoint folder.
-        epoch: the epochs done.
+        epoch: number of epochs done.
         sha256: of the file.
         parts: the frozen parts that belong to it, as paths relative to the checkpoint folder, so
             that a run directory can be moved; and the SHA-256 of each.
@@ -74,15 +81,16 @@ class _Entry:
 
 @dataclass
 class TrainState:
-    """Everything that the next epoch depends on.
+    """Everything on which the next epoch depends.
 
     Attributes:
         config: the trial's configuration; a checkpoint of another one is refused.
         steps_per_epoch: optimizer steps of an epoch.
-        average: of the weights, where the configuration asks for one.
-        loss_fn: where it has a state of its own, that goes with the rest.
+        average: of the weights, if the configuration has one.
+        loss_fn: its state, if it has one, is saved with the rest.
         history: one row of metrics for each epoch done, oldest first.
         best_epoch: the epoch of the best metric so far; 0 before the first.
+        applied: what was read back at the beginning of an epoch, where it differed from before.
     """
 
     model: StagedModel
@@ -95,6 +103,7 @@ class TrainState:
     loss_fn: nn.Module | None = None
     history: list[Row] = field(default_factory=list)
     best_epoch: int = 0
+    applied: dict[int, dict[str, Any]] = field(default_factory=dict)
     # The SHA-256 of the frozen parts that were written, by folder and names of tensors.
     _written: dict[tuple[Path, tuple[str, ...]], str] = field(
         default_factory=dict, init=False, repr=False
@@ -105,16 +114,21 @@ class TrainState:
         """Epochs done."""
         return len(self.history)
 
-    def enter(self, epoch: int) -> bool:
-        """Unfreeze what this epoch is to train and the one before did not.
+    def applied_in(self, epoch: int) -> dict[str, Any]:
+        """Return what was read back in this epoch; nothing where an older checkpoint lacks it."""
+        begun = [at for at in self.applied if at <= epoch]
+        return self.applied[max(begun)] if begun else {}
 
-        The optimizer keeps what it knows of the stages that were trained already; the schedule of
-        the new ones is where that of the others is.
+    def enter(self, epoch: int) -> bool:
+        """Unfreeze what this epoch trains and the one before did not.
+
+        The optimizer keeps its state of the stages that were trained already; their schedule and
+        that of the new ones are at the same step.
 
         Returns:
             Whether anything was unfrozen.
         """
-        if not freeze_as(self.model, self.config, epoch):
+        if not apply_freezing(self.model, self.config, epoch):
             return False
         self._written.clear()
         self.optimizer = rebuild_optimizer(self.optimizer, self.model, self.config)
@@ -123,15 +137,15 @@ class TrainState:
         return True
 
     def save(self, folder: Path, frozen_folder: Path | None = None) -> None:
-        """Write this epoch, and keep only it, the best one, and one more where it is the best.
+        """Write this epoch; keep it, the best one and, if they are the same, the one before.
 
         Args:
             folder: of this training alone.
-            frozen_folder: where what is frozen goes, for all trials of a run; None is `folder`.
+            frozen_folder: for frozen tensors of all trials of a run; None is `folder`.
 
         Raises:
             CheckpointError: the manifest cannot be read, and nothing was written.
-            OSError: the disk did not take it; what was there before is still complete.
+            OSError: writing failed; the checkpoint before is still complete.
         """
         folder.mkdir(parents=True, exist_ok=True)
         before = _read_manifest(folder) or {}
@@ -140,7 +154,7 @@ class TrainState:
         content = self._content(parts)
 
         def write(aside: Path) -> None:
-            with aside.open("wb") as file:  # given a path, torch does not say that the disk is full
+            with aside.open("wb") as file:  # given a path, torch does not report a full disk
                 torch.save(content, file)
 
         write_atomically(folder / name, write)
@@ -148,20 +162,20 @@ class TrainState:
         _write_manifest(folder, self._to_keep(entry, before))
 
     def _to_keep(self, entry: _Entry, before: Mapping[str, _Entry]) -> dict[str, _Entry]:
-        """Return the manifest with this epoch, of which `entry` is, given that of `before`."""
+        """Return the manifest after this epoch, given its `entry` and the manifest `before`."""
         kept = {"last": entry}
         older = [each for each in before.values() if each.epoch < entry.epoch]
         best = [each for each in (entry, *older) if each.epoch == self.best_epoch]
         if best:
             kept["best"] = best[0]
-        elif "best" in before:  # after a fall-back to before the epoch that had taken its place
+        elif "best" in before:  # training had fallen back to an epoch before it
             log.warning("the weights of the best epoch, %d, are lost", self.best_epoch)
         if kept.get("best", entry) is entry and older:
             kept["previous"] = max(older, key=lambda each: each.epoch)
         return kept
 
     def load(self, folder: Path) -> bool:
-        """Go on from the newest intact checkpoint in `folder`; return whether there was one.
+        """Resume from the newest intact checkpoint in `folder`; return whether there was one.
 
         Raises:
             CheckpointError: a checkpoint there belongs to another configuration, or the manifest
@@ -177,7 +191,7 @@ class TrainState:
                 continue
             self._restore(content, folder)
             for each in damaged:
-                log.warning("%s: falling back, to go on after epoch %d", each, self.epoch)
+                log.warning("%s: falling back, to resume after epoch %d", each, self.epoch)
             return True
         for each in damaged:
             log.warning("%s", each)
@@ -186,7 +200,7 @@ class TrainState:
         return False
 
     def _write_parts(self, folder: Path, frozen_folder: Path) -> dict[str, str]:
-        """Write what is frozen, where that was not done yet; return paths and SHA-256."""
+        """Write frozen tensors that are not written yet; return paths and SHA-256."""
         parts = {}
         for tensors in frozen_tensors(self.model):
             key = frozen_folder, tuple(tensors)
@@ -194,12 +208,12 @@ class TrainState:
             if sha256 is None or not _part_file(frozen_folder, sha256).is_file():
                 sha256 = self._written[key] = _write_part(tensors, frozen_folder)
             file = _part_file(frozen_folder, sha256)
-            # Of resolved folders: the system follows a link before it goes up from there.
+            # Of resolved folders: the system follows a link before it applies "..".
             parts[os.path.relpath(file.resolve(), folder.resolve())] = sha256
         return parts
 
     def _content(self, parts: Mapping[str, str]) -> Content:
-        """Return what is written of an epoch; a tensor that lies in one of `parts` is None."""
+        """Return the content of an epoch's file; tensors that are in one of `parts` are None."""
         device = next(self.model.parameters()).device
         model: dict[str, Any] = self.model.state_dict()
         ema = None if self.average is None else self.average.state_dict()
@@ -218,6 +232,7 @@ class TrainState:
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
             "history": self.history,
+            "applied": self.applied,
             "best_epoch": self.best_epoch,
             "generators": {
                 "cpu": torch.get_rng_state(),
@@ -226,13 +241,15 @@ class TrainState:
         }
 
     def _restore(self, content: Content, folder: Path) -> None:
-        # What a field meant before there was it is what it is by default.
         then = {**_LATER_FIELDS, **json.loads(content["config"])}
+        for choice in ("optimizer", "schedule", "loss"):
+            then[choice] = {**_LATER_OPTIONS.get(then[choice]["kind"], {}), **then[choice]}
         if canonical_json(then) != canonical_json(self.config.as_dict()):
             raise CheckpointError(
                 f"{folder} holds the checkpoint of another configuration: {content['config']}"
             )
         self.history = content["history"]
+        self.applied = content.get("applied", {})  # older checkpoints have none
         self.best_epoch = content["best_epoch"]
         self.enter(self.epoch)  # the optimizer's groups are those of the epoch that was saved
         self._written.clear()
@@ -248,7 +265,7 @@ class TrainState:
         device = next(self.model.parameters()).device
         if content["generators"]["cuda"] is not None and device.type == "cuda":
             torch.cuda.set_rng_state(content["generators"]["cuda"], device)
-        log.info("goes on after epoch %d", self.epoch)
+        log.info("resumed after epoch %d", self.epoch)
 
 
 def read_best(folder: Path) -> Content:
@@ -260,6 +277,31 @@ def read_best(folder: Path) -> Content:
     Raises:
         CheckpointError: there is none, it is damaged, or it was not kept.
     """
+    best = _best_entry(folder)
+    try:
+        return _read_intact(folder, best)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder} holds no intact best checkpoint: {error}") from None
+
+
+def best_file(folder: Path) -> Path:
+    """Return the file of the best checkpoint in `folder`; its hash is checked, it is not read.
+
+    Raises:
+        CheckpointError: as `read_best`.
+    """
+    best = _best_entry(folder)
+    file = folder / best.file
+    try:
+        if sha256_of(file) == best.sha256:
+            return file
+        cause = f"{file} is damaged: its SHA-256 differs from the one in {MANIFEST}"
+    except OSError as error:
+        cause = f"{file} cannot be read: {error.strerror}"
+    raise CheckpointError(f"{folder} holds no intact best checkpoint: {cause}")
+
+
+def _best_entry(folder: Path) -> _Entry:
     manifest = _read_manifest(folder)
     if manifest is not None and not manifest:
         raise CheckpointError(
@@ -268,14 +310,23 @@ def read_best(folder: Path) -> Content:
         )
     if not manifest or "best" not in manifest:
         raise CheckpointError(f"{folder} holds no intact best checkpoint")
-    try:
-        return _read_intact(folder, manifest["best"])
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder} holds no intact best checkpoint: {error}") from None
+    return manifest["best"]
+
+
+def read_last(folder: Path) -> Content:
+    """Return the content of the newest checkpoint in `folder`: the whole state after its epoch.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    manifest = _read_manifest(folder) or {}
+    if "last" not in manifest:
+        raise CheckpointError(f"{folder} holds no intact newest checkpoint")
+    return _read_intact(folder, manifest["last"])
 
 
 def validated_weights(content: Content) -> dict[str, Any]:
-    """Return the state_dict of a checkpoint's model as it was validated: the average, if any."""
+    """Return the state_dict that was validated: of the average, if there is one."""
     averaged = content.get("ema")
     if averaged is None:
         weights: dict[str, Any] = content["model"]
@@ -284,7 +335,7 @@ def validated_weights(content: Content) -> dict[str, Any]:
 
 
 def bytes_of(folder: Path) -> int:
-    """Return how many bytes the checkpoints in `folder` take, without what trials share."""
+    """Return the bytes of the checkpoints in `folder`, without the parts that trials share."""
     total = 0
     for file in _files(folder):
         with suppress(FileNotFoundError):  # a trial that is still running replaces them
@@ -293,9 +344,9 @@ def bytes_of(folder: Path) -> int:
 
 
 def keep_only_best(folder: Path) -> None:
-    """Remove all checkpoints in `folder` but the best one, of a trial that has ended.
+    """Remove all checkpoints of a trial that has ended, except for the best one.
 
-    Where there is no best one, nothing is removed. Called again after a kill, it finishes.
+    If there is no best one, nothing is removed. Called again after a kill, it finishes.
 
     Raises:
         CheckpointError: the manifest cannot be read.
@@ -306,56 +357,54 @@ def keep_only_best(folder: Path) -> None:
 
 
 def drop(folder: Path) -> None:
-    """Remove all checkpoints in `folder`, of a trial that has ended; `read_best` then says so.
+    """Remove all checkpoints of a trial that has ended; `read_best` then says so.
 
-    Called again after a kill, it finishes. Where there is no such folder, nothing is done.
+    Called again after a kill, it finishes. Without such a folder, nothing is done.
     """
     if folder.is_dir():
         _write_manifest(folder, {})
 
 
 def frozen_parts(folder: Path) -> set[Path]:
-    """Return the files with what is frozen that the checkpoints in `folder` need, resolved.
+    """Return the files with frozen tensors that the checkpoints in `folder` need, resolved.
 
-    A file that is in none of these sets can be removed once no trial of the run is training: one
-    that trains writes its parts before its manifest names them.
+    A file that no folder needs can be removed once no trial of the run is training: a trial writes
+    its parts before its manifest names them.
 
     Raises:
-        CheckpointError: the manifest cannot be read, so that nobody knows what it needs. (Of a
-            damaged one no checkpoint can be used.)
+        CheckpointError: the manifest cannot be read, so what it needs is unknown. (If it is
+            damaged, its checkpoints cannot be used and need nothing.)
     """
     manifest = _read_manifest(folder) or {}
     return {(folder / part).resolve() for entry in manifest.values() for part in entry.parts}
 
 
 def frozen_tensors(model: StagedModel) -> list[State]:
-    """Return the tensors of each stage that training leaves as they are, by their full names.
+    """Return the tensors of each stage that training does not change, by their full names.
 
-    These are frozen parameters, and the statistics of BatchNorm layers that stay in `eval()`. Other
-    buffers may change there too, in networks of the user's own, and are not among them.
+    These are frozen parameters, and the statistics of BatchNorm layers that stay in `eval()`; not
+    other buffers, which may change even in frozen stages of custom networks.
     """
     named = model.state_dict(keep_vars=True)
+    # Not by their modes: those may be the validation's at the moment.
+    unchanged = set(model.frozen_batchnorms() if model.frozen_batchnorm == "eval" else ())
     stages = []
     for stage in model.stages:
         held = {id(p) for p in stage.parameters() if not p.requires_grad}
-        for norm in stage.module.modules():
-            if isinstance(norm, _BatchNorm) and model.frozen_batchnorm == "eval":
-                own = [p.requires_grad for p in norm.parameters()]
-                # As in StagedModel.train; the modes themselves are those of the validation now.
-                if model.is_frozen(stage) or (own and not any(own)):
-                    held |= {id(buffer) for buffer in norm.buffers()}
+        for norm in unchanged.intersection(stage.module.modules()):
+            held |= {id(buffer) for buffer in norm.buffers()}
         stages.append({name: tensor for name, tensor in named.items() if id(tensor) in held})
     return [tensors for tensors in stages if tensors]
 
 
 def _write_part(tensors: State, folder: Path) -> str:
-    """Write tensors to a file that is named by its hash, unless it is there; return the SHA-256."""
-    # In one layout and place: the same numbers are the same bytes, whichever trial wrote them.
+    """Write tensors to a file that is named by its hash, unless it exists; return the SHA-256."""
+    # In one layout, on one device: equal numbers are equal bytes, whichever trial wrote them.
     plain = {
         name: tensor.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
         for name, tensor in tensors.items()
     }
-    content = io.BytesIO()  # a file's own name would be among its bytes
+    content = io.BytesIO()  # torch writes a file's name into its bytes
     torch.save(plain, content)
     sha256 = hashlib.sha256(content.getbuffer()).hexdigest()
     file = _part_file(folder, sha256)
@@ -397,7 +446,7 @@ def _read_manifest(folder: Path) -> dict[str, _Entry] | None:
         cause = "it names no checkpoint, or an unknown one"
     except FileNotFoundError:
         return None
-    except OSError as error:  # it may be all right: what it names must not be written over
+    except OSError as error:  # it may be intact: what it names must not be overwritten
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         cause = str(error)
@@ -406,9 +455,9 @@ def _read_manifest(folder: Path) -> dict[str, _Entry] | None:
 
 
 def _entry(plain: Mapping[str, Any]) -> _Entry:
-    parts = dict(plain.get("parts", {}))  # before there were any, the file was all of it
+    parts = dict(plain.get("parts", {}))  # older checkpoints have none: the file is complete
     entry = _Entry(str(plain["file"]), int(plain["epoch"]), str(plain["sha256"]), parts)
-    # A manifest has no hash of its own; but names follow from what they name.
+    # A manifest has no hash; but the names in it follow from the rest of the entry.
     names = [(entry.file, _epoch_file(entry.epoch))]
     names += [(Path(part).name, _part_file(Path(), sha256).name) for part, sha256 in parts.items()]
     if any(a != b for a, b in names) or not plain.keys() <= _Entry.__annotations__.keys():
@@ -427,7 +476,7 @@ def _write_manifest(folder: Path, entries: Mapping[str, _Entry]) -> None:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Return the files of a checkpoint folder, but for the manifest."""
+    """Return the files of a checkpoint folder without the manifest."""
     if not folder.is_dir():
         return []
     return [file for file in folder.iterdir() if file.name != MANIFEST]
@@ -443,20 +492,8 @@ def _read_intact(folder: Path, entry: _Entry) -> Content:
     try:
         if sha256_of(file) == entry.sha256:
             content: Content = torch.load(file, map_location="cpu", weights_only=True)
-            put_back(content, folder)
+            restore_frozen_parts(content, folder)
             return content
-    except Exception as error:  # of garbage, torch raises anything
+    except Exception as error:  # torch may raise anything if the content is damaged
         raise CheckpointError(f"{file} cannot be read ({error})") from None
     raise CheckpointError(f"{file} is damaged (its SHA-256 is not the manifest's)")
-
-
-def read_last(folder: Path) -> Content:
-    """Return the content of the newest checkpoint in `folder`: the whole state after its epoch.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged.
-    """
-    manifest = _read_manifest(folder) or {}
-    if "last" not in manifest:
-        raise CheckpointError(f"{folder} holds no intact newest checkpoint")
-    return _read_intact(folder, manifest["last"])

@@ -1,36 +1,42 @@
-"""The command line: what can be asked, and what errors become exit codes.
+"""The command line: its commands, and which errors become which exit codes.
 
 Exit codes: 0 done; 1 `doctor` found something serious, or `verify-resume` a difference; 2 bad
 input; 3 done, but some trials failed; 4 no trial gave a result; 5 the disk, or what is on it, or
 Ray failed; 75 the run is in use; 129, 130 and 143 ended by SIGHUP, Ctrl-C and SIGTERM. Each command
-imports what it needs when it runs: `--help` needs neither torch nor Ray.
+imports what it needs when it runs: neither `--help` nor a refused space needs torch or Ray.
 """
 
 import errno
 import functools
 import logging
 import os
+import platform
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.markup import escape
 
 from tuneapp.config import Data, RunSettings
-from tuneapp.errors import ConfigError, StorageError, TuneappError
+from tuneapp.errors import ConfigError, SpaceError, StorageError, TuneappError
 from tuneapp.options import (
+    DashboardOptions,
     DataOptions,
     LoadingOptions,
     SourceOptions,
+    UsageError,
     chosen_data,
     chosen_settings,
     expanded,
     num_bytes,
     seconds,
+    usage_line,
 )
+from tuneapp.rundir import require_name
 from tuneapp.terminal import (
     LogToStderr,
     Show,
@@ -62,7 +68,9 @@ OF_THE_MACHINE = (
     errno.EIO,
     errno.ENOMEM,
 )
-"""What no code of ours can mend, wherever it comes up: `ulimit -n`, a full or a failing disk."""
+"""What no code of ours can fix, wherever it occurs: `ulimit -n`, a full or a failing disk."""
+
+PROGRAM = "python -m tuneapp"
 
 app = typer.Typer(
     name="tuneapp",
@@ -76,9 +84,13 @@ app = typer.Typer(
 )
 
 
+_commands: dict[str, Callable[..., int]] = {}
+
+
 def _command(function: Callable[..., int]) -> Callable[..., int]:
     """Make a function that returns an exit code a command; Ctrl-C is code 130."""
     with_options = expanded(function)
+    _commands[function.__name__.replace("_", "-")] = with_options
 
     @functools.wraps(with_options)
     def run(**options: Any) -> int:
@@ -92,39 +104,74 @@ def _command(function: Callable[..., int]) -> Callable[..., int]:
     return function
 
 
+def _show_versions(wanted: bool) -> None:
+    if not wanted:
+        return
+    say(f"tuneapp {_version_of('tuneapp')}")
+    say(f"Python {platform.python_version()}")
+    for package in ("torch", "ray"):
+        say(f"{package} {_version_of(package)}")
+    raise typer.Exit(0)
+
+
+def _version_of(package: str) -> str:
+    try:
+        return installed_version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+@app.callback()
+def _global_options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            help="Show the versions of tuneapp, Python, torch and ray.",
+            callback=_show_versions,
+            is_eager=True,
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
 SpaceFile = Annotated[Path, typer.Argument(metavar="SPACE", help="A search-space file.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/x.")]
 Epochs = Annotated[
-    int | None, typer.Option(metavar="N", help="Ceiling on every trial's epochs, for quick looks.")
+    int | None, typer.Option(metavar="N", help="Maximum epochs of every trial, for quick looks.")
 ]
 ImageSize = Annotated[
     int | None,
     typer.Option(
         metavar="PIXELS",
-        help="Height and width that the network sees. Default: what its weights were made for "
-        "(224 for ResNets); 32 for the embedded data.",
+        help="Height and width of the network's input. Default: the size its weights were "
+        "trained with (224 for ResNets); 32 for the embedded data.",
     ),
 ]
 Seed = Annotated[
-    int | None, typer.Option(metavar="N", help="Source of every random draw; default: 0.")
+    int | None, typer.Option(metavar="N", help="Seed of all random numbers. Default: 0.")
 ]
-RunsDir = Annotated[Path, typer.Option(metavar="DIR", help="Where run directories are made.")]
+RunsDir = Annotated[Path, typer.Option(metavar="DIR", help="Parent folder of run directories.")]
 Name = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Of the run directory. Default: the space's and a number."),
+    typer.Option(
+        metavar="NAME",
+        help="Name of the run directory. Default: the space's name plus a number.",
+    ),
 ]
 MetricName = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="What trials are judged by: val/accuracy (the default), val/loss, "
+        help="Metric that ranks trials: val/accuracy (the default), val/loss, "
         "val/balanced_accuracy, val/macro_f1, val/auroc, val/average_precision (multi-label), "
         "val/recall/CLASS.",
     ),
 ]
 Device = Annotated[
     Literal["auto", "cpu", "cuda"] | None,
-    typer.Option(help="auto, the default: each trial's GPU, where it has one."),
+    typer.Option(help="Default: auto, the trial's GPU if it has one, else the CPU."),
 ]
 SetInSpace = Annotated[
     list[str] | None,
@@ -132,21 +179,11 @@ SetInSpace = Annotated[
         "--set",
         metavar="NAME=VALUE",
         help="Value of a parameter; may be given several times. What is not set is as in the "
-        "first recipe of SPACE.",
+        "first recipe of SPACE that agrees with what is set.",
     ),
 ]
 MoreTrials = Annotated[
-    int, typer.Option(metavar="N", help="Trials beyond those that RUN was to have.")
-]
-DashboardFlag = Annotated[
-    bool, typer.Option("--dashboard", help="Start the Ray dashboard and print its address.")
-]
-DashboardHost = Annotated[
-    str | None,
-    typer.Option(
-        metavar="ADDRESS",
-        help="Start it on this address; any but 127.0.0.1 lets others on the network reach it.",
-    ),
+    int, typer.Option(metavar="N", min=1, help="Trials in addition to those planned for RUN.")
 ]
 
 
@@ -155,8 +192,10 @@ def sweep(
     space: SpaceFile,
     data: DataOptions,
     loading: LoadingOptions,
+    *,
     trials: Annotated[
-        int, typer.Option(metavar="N", help="Trials in all; the space's recipes come first.")
+        int,
+        typer.Option(metavar="N", min=1, help="Total trials; the space's recipes come first."),
     ] = 16,
     epochs: Epochs = None,
     image_size: ImageSize = None,
@@ -165,45 +204,49 @@ def sweep(
     device: Device = None,
     concurrent: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Trials at once. Default: one on each GPU or CPU core."),
+        typer.Option(metavar="N", help="Parallel trials. Default: one per GPU or CPU core."),
     ] = None,
     cpus_per_trial: Annotated[
         int | None,
-        typer.Option(metavar="N", help="CPU threads of each trial. Default: an equal share."),
+        typer.Option(metavar="N", help="CPU threads per trial. Default: an equal share."),
     ] = None,
     gpus_per_trial: Annotated[
         float | None,
-        typer.Option(metavar="SHARE", help="1, or the share of a GPU that each trial gets."),
+        typer.Option(metavar="SHARE", help="GPUs per trial: 1, or a share such as 0.5."),
     ] = None,
     time_budget: Annotated[
         str | None,
-        typer.Option(metavar="TIME", help="End after this long, such as 90s, 30m or 1h30m."),
+        typer.Option(metavar="TIME", help="End after this time, e.g. 90s, 30m or 1h30m."),
     ] = None,
     keep_best: Annotated[
         int,
-        typer.Option(metavar="N", help="Keep the checkpoints of the N best trials that ended."),
+        typer.Option(
+            metavar="N", min=1, help="Keep the checkpoints of the N best finished trials."
+        ),
     ] = 5,
     disk_budget: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Of all checkpoints, such as 20GB; the best stays."),
+        typer.Option(
+            metavar="SIZE",
+            help="Maximum disk space for checkpoints, e.g. 20GB. The best trial's are always kept.",
+        ),
     ] = None,
     min_free: Annotated[
         str, typer.Option(metavar="SIZE", help="Pause while the disk has less free than this.")
     ] = "500MB",
     runs_dir: RunsDir = Path("runs"),
     name: Name = None,
-    dashboard: DashboardFlag = False,
-    dashboard_host: DashboardHost = None,
+    dashboard: DashboardOptions,
 ) -> int:
-    """Search for the best configuration of SPACE on your images.
+    """Search SPACE for the best configuration on your images.
 
-    The recipes of the space run first and in full; then Optuna's TPE proposes and ASHA stops
-    what falls behind. Ctrl-C ends it tidily; `resume` goes on.
+    The recipes of the space run first and in full; then Optuna's TPE proposes trials and ASHA
+    stops the weak ones early. Ctrl-C ends the sweep cleanly; `resume` continues it.
     """
-    for flag, number in (("--trials", trials), ("--keep-best", keep_best)):
-        if number < 1:
-            raise ConfigError(f"{flag} {number}: must be at least 1")
     budget_s = None if time_budget is None else seconds("--time-budget", time_budget)
+    disk_bytes = None if disk_budget is None else num_bytes("--disk-budget", disk_budget)
+    free_bytes = num_bytes("--min-free", min_free)
+    require_name(runs_dir, name)
     loaded = _read_space(space)
     settings = chosen_settings(
         RunSettings(data=chosen_data(data, loaded.data)),
@@ -225,10 +268,10 @@ def sweep(
         cpus_per_trial=cpus_per_trial,
         gpus_per_trial=gpus_per_trial,
         time_budget_s=budget_s,
-        dashboard_host=dashboard_host or ("127.0.0.1" if dashboard else None),
+        dashboard_host=dashboard.address,
         keep_best=keep_best,
-        disk_budget=None if disk_budget is None else num_bytes("--disk-budget", disk_budget),
-        min_free=num_bytes("--min-free", min_free),
+        disk_budget=disk_bytes,
+        min_free=free_bytes,
     )
     with Show() as show:
         outcome = start_sweep(loaded, settings, options, say, show.begin, show.watch)
@@ -236,18 +279,17 @@ def sweep(
 
 
 @_command
-def resume(
-    run: RunPath,
-    dashboard: DashboardFlag = False,
-    dashboard_host: DashboardHost = None,
-) -> int:
-    """Go on with RUN where it ended: unfinished trials from their last epoch, then the rest."""
+def resume(run: RunPath, dashboard: DashboardOptions) -> int:
+    """Resume RUN where it stopped.
+
+    Unfinished trials continue from their last epoch; then the remaining ones run.
+    """
     from tuneapp.rundir import open_run
 
     if open_run(run)[1].kind == "train":
         from tuneapp.single import resume_training
 
-        if dashboard or dashboard_host:
+        if dashboard.address:
             raise ConfigError(f"{run} is a single training: it runs without Ray and its dashboard")
         with Show() as show:
             resumed = resume_training(run, show.begin, show.watch)
@@ -256,49 +298,38 @@ def resume(
     from tuneapp.sweep import resume_sweep
 
     with Show() as show:
-        host = dashboard_host or ("127.0.0.1" if dashboard else None)
-        outcome = resume_sweep(run, show.begin, show.watch, host)
+        outcome = resume_sweep(run, show.begin, show.watch, dashboard.address)
     return print_sweep(outcome)
 
 
 @_command
-def extend(
-    run: RunPath,
-    trials: MoreTrials = 16,
-    dashboard: DashboardFlag = False,
-    dashboard_host: DashboardHost = None,
-) -> int:
-    """Give the sweep in RUN more trials, and go on with it: what it knows, it knows."""
-    _require_more(trials)
+def extend(run: RunPath, *, trials: MoreTrials = 16, dashboard: DashboardOptions) -> int:
+    """Run more trials in RUN.
 
+    Earlier results still inform the search.
+    """
     from tuneapp.sweep import resume_sweep
 
     with Show() as show:
-        host = dashboard_host or ("127.0.0.1" if dashboard else None)
-        outcome = resume_sweep(run, show.begin, show.watch, host, more=trials)
+        outcome = resume_sweep(run, show.begin, show.watch, dashboard.address, more=trials)
     return print_sweep(outcome)
 
 
 @_command
 def refine(
-    run: RunPath,
-    space: SpaceFile,
-    trials: MoreTrials = 16,
-    dashboard: DashboardFlag = False,
-    dashboard_host: DashboardHost = None,
+    run: RunPath, space: SpaceFile, *, trials: MoreTrials = 16, dashboard: DashboardOptions
 ) -> int:
-    """Go on with the sweep in RUN in a changed SPACE, on the same images and split.
+    """Continue RUN in a changed SPACE.
 
-    Trials that lie in SPACE, too, teach the search; the others stay in RUN as its history.
+    Images and split stay the same. Earlier trials that also lie in SPACE inform the search; the
+    others stay in RUN as its history.
     """
-    _require_more(trials)
     loaded = _read_space(space)
 
     from tuneapp.sweep import refine_sweep
 
     with Show() as show:
-        host = dashboard_host or ("127.0.0.1" if dashboard else None)
-        outcome = refine_sweep(run, loaded, trials, say, show.begin, show.watch, host)
+        outcome = refine_sweep(run, loaded, trials, say, show.begin, show.watch, dashboard.address)
     return print_sweep(outcome)
 
 
@@ -316,11 +347,11 @@ def train(
             "--set",
             metavar="NAME=VALUE",
             help="Value of a parameter; may be given several times. What is not set is as in the "
-            "first recipe of SPACE, or as in the trial of --from.",
+            "first recipe of SPACE that agrees with what is set, or as in the trial of --from.",
         ),
     ] = None,
     from_: Annotated[
-        Path | None, typer.Option("--from", metavar="RUN", help="Take a trial of this run.")
+        Path | None, typer.Option("--from", metavar="RUN", help="Use a trial of this run.")
     ] = None,
     trial: Annotated[
         str | None,
@@ -338,23 +369,13 @@ def train(
 ) -> int:
     """Train one configuration in this process, without Ray.
 
-    With --from and nothing else, the numbers of that trial come out again.
+    With only --from, reproduces that trial exactly.
     """
-    if (space is None) == (from_ is None):
-        raise ConfigError("give either SPACE or --from RUN")
-    if trial is not None and from_ is None:
-        raise ConfigError(f"--trial {trial}: goes with --from RUN")
     chosen = _pairs(set_ or [])
-    like = None
-    if from_ is None:
-        assert space is not None
-        loaded = _read_space(space)
-        before = RunSettings(data=loaded.data)
-        base = loaded.first_trials[0] if loaded.first_trials else {}
-    else:
-        loaded, before, base, like = _from_run(from_, trial or "best")
+    require_name(runs_dir, name)
+    base = _training_base(space, from_, trial)
     settings = chosen_settings(
-        replace(before, data=chosen_data(data, before.data)),
+        replace(base.settings, data=chosen_data(data, base.settings.data)),
         loading,
         seed=seed,
         metric=metric,
@@ -362,18 +383,22 @@ def train(
         image_size=image_size,
         device=device,
     )
-    # How images come to a trial changes no number of it.
-    if settings != replace(before, workers=settings.workers, store_budget=settings.store_budget):
-        like = None
-    elif like is not None:
-        like = (like[0], replace(like[1], settings=settings))
-    params = loaded.override(base, chosen)
+    params = base.space.choose(chosen, base.params)
 
     from tuneapp.single import start_training
 
     with Show() as show:
         run = start_training(
-            loaded, settings, params, runs_dir, name, say, show.begin, show.watch, like
+            base.space,
+            settings,
+            params,
+            runs_dir,
+            name,
+            say,
+            show.begin,
+            show.watch,
+            like=base.reproduced_with(settings),
+            origin="set" if chosen else base.origin,
         )
     return print_training(run)
 
@@ -387,7 +412,7 @@ def show(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="A torchvision classifier, or the import path of a network of your own, such as "
+            help="A torchvision classifier, or the import path of a custom network, such as "
             "package.module:build.",
         ),
     ] = None,
@@ -395,15 +420,16 @@ def show(
         int | None,
         typer.Option(
             metavar="PIXELS",
-            help="With --model: height and width of an image. Default: what its weights were made "
-            "for; 224 for a network of your own.",
+            min=16,
+            help="With --model: height and width of an image. Default: the size its weights were "
+            "trained with; 224 for a custom network.",
         ),
     ] = None,
 ) -> int:
     """Show what SPACE searches, or the stages of a model.
 
-    Of SPACE: its parameters, their ranges and conditions, its recipes. Of a model, stage by
-    stage: what it puts out, its parameters, what is left to train at each freeze depth, its FLOPs.
+    For SPACE: its parameters, their ranges and conditions, its recipes. For a model, stage by
+    stage: output shape, parameters, trainable parameters at each freeze depth, FLOPs.
     """
     if (space is None) == (model is None):
         raise ConfigError("give either SPACE or --model NAME")
@@ -420,40 +446,37 @@ def _show_model(model: str, image_size: int | None) -> int:
 
     import_from([str(Path.cwd())])
     from tuneapp.anatomy import read_anatomy
-    from tuneapp.display import anatomy_table
+    from tuneapp.display import anatomy_notes, anatomy_table
 
     anatomy = read_anatomy(model, image_size)
     size, classes = anatomy.image_size, anatomy.stages[-1].output
     head = f", {classes[-1]:,} classes" if classes else ""
     say(f"{model}: {len(anatomy.stages)} stages; one image of {size} x {size} pixels{head}\n")
     out.print(anatomy_table(anatomy))
-    say("\ndepth: as freeze_depth, freezes the stages above; 'trainable from here' is the rest")
-    say("FLOPs: forward, 2 per multiply-add; without normalisation, activations and pooling")
+    say("")
+    for line in anatomy_notes(anatomy):
+        say(line)
     return 0
 
 
 def _show_space(space: Path) -> int:
-    from rich.table import Table
-
-    from tuneapp.display import say_params
+    from tuneapp.display import fixed_line, say_params, space_table
     from tuneapp.space import SearchSpace
 
+    if not space.exists() and space.suffix != ".py":
+        raise SpaceError(f"{space}: no such search-space file; did you mean: show --model {space}?")
     loaded = SearchSpace.read(space)
-    table = Table(box=None, pad_edge=False)
-    for heading in ("parameter", "allowed", "asked for when"):
-        table.add_column(heading, overflow="fold")
-    for parameter in loaded.parameters():
-        table.add_row(
-            escape(parameter.name), escape(parameter.allowed), escape(parameter.condition)
-        )
+    loaded.check_recipes(loaded.branches())
     say(f"{space}: {loaded.summary}\n")
-    out.print(table)
+    out.print(space_table(loaded.parameters()))
+    say(f"\n{fixed_line(loaded)}")
     if loaded.data != Data():
         say(f"\ndata: {loaded.data.source}")
     if loaded.first_trials:
         say("\nrecipes, run first and in full:")
         for number, params in enumerate(loaded.first_trials, start=1):
             say(f"  {number}  {say_params(params)}")
+    say("\nnot checked here: the model, its stages and weights (sweep and train check them first)")
     return 0
 
 
@@ -466,28 +489,28 @@ def lr_range(
     image_size: ImageSize = None,
     seed: Seed = None,
     device: Device = None,
-    seeds: Annotated[int, typer.Option(metavar="N", help="Draws that are averaged.")] = 3,
-    steps: Annotated[int, typer.Option(metavar="N", help="Optimizer steps of each draw.")] = 100,
-    lowest: Annotated[
-        float, typer.Option(metavar="LR", help="The head's learning rate in the first step.")
-    ] = 1e-6,
-    highest: Annotated[float, typer.Option(metavar="LR", help="And in the last.")] = 1.0,
+    seeds: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Number of seeds to average over.")
+    ] = 3,
+    steps: Annotated[int, typer.Option(metavar="N", min=10, help="Steps per seed.")] = 100,
+    lowest: Annotated[float, typer.Option(metavar="LR", help="`lr` in the first step.")] = 1e-6,
+    highest: Annotated[float, typer.Option(metavar="LR", help="`lr` in the last step.")] = 1.0,
     output: Annotated[Path, typer.Option(metavar="PNG", help="Where the curve is drawn.")] = Path(
         "lr-range.png"
     ),
 ) -> int:
-    """Find which learning rates are worth searching for one configuration of SPACE.
+    """Run a learning-rate range test.
 
-    The learning rates of all stages rise together, their ratios kept, while the loss is watched
-    (Smith's range test), and a range for `lr` is proposed. Nothing but the PNG is kept.
+    Finds which learning rates are worth searching for one configuration of SPACE: the first recipe
+    that agrees with --set. The learning rates of all stages rise together, their ratios kept, while
+    the loss is watched (Smith's range test), and a range for `lr` is proposed. It holds for that
+    freeze depth and optimizer only. Nothing but the PNG is kept.
     """
-    for name, number, least in (("--seeds", seeds, 1), ("--steps", steps, 10)):
-        if number < least:
-            raise ConfigError(f"{name} {number}: must be at least {least}")
-    if not 0 < lowest < highest:
-        raise ConfigError(f"--lowest {lowest:g} --highest {highest:g}: must rise, from above 0")
-    if output.suffix.lower() != ".png" or not output.absolute().parent.is_dir():
-        raise ConfigError(f"--output {output}: must be a .png file in a folder that exists")
+    if not 0 < lowest < highest < float("inf"):
+        raise ConfigError(
+            f"--lowest {lowest:g} --highest {highest:g}: must rise, from above 0, and be finite"
+        )
+    _require_writable(output)
     loaded = _read_space(space)
     settings = chosen_settings(
         RunSettings(data=chosen_data(data, loaded.data)),
@@ -496,8 +519,7 @@ def lr_range(
         image_size=image_size,
         device=device,
     )
-    base = loaded.first_trials[0] if loaded.first_trials else {}
-    params = loaded.override(base, _pairs(set_ or []))
+    params = loaded.choose(_pairs(set_ or []))
 
     from tuneapp.display import lr_range_lines, say_params
     from tuneapp.figures import draw_lr_range
@@ -509,14 +531,41 @@ def lr_range(
     for warning in prepared.warnings:
         warn(warning)
     say(f"trains    {say_params(params)}")
+    if config.unfreeze_at:
+        say("frozen    as in epoch 1; what unfreeze_at frees later is not tested")
     with out.status(f"{seeds} x {steps} steps, from {lowest:g} to {highest:g}"):
         found = find_lr_range(config, run, steps=steps, seeds=seeds, lowest=lowest, highest=highest)
-    draw_lr_range(found, f"{space.name}: {say_params(params)}", output)
     names = [name for name in params if name.rpartition(".")[2] == "lr"]
     for line in lr_range_lines(found, names[0] if len(names) == 1 else "lr"):
         say(line)
+    drawn = f"{config.model}: learning-rate range test, {seeds} seeds x {steps} steps"
+    try:
+        draw_lr_range(found, drawn, say_params(params), output)
+    except OSError as error:
+        raise StorageError(f"--output {output}: {error.strerror or error}") from error
     say(f"figure    {output}")
     return 0
+
+
+def _require_writable(output: Path) -> None:
+    """Check that a PNG can be written, and leave the file as it was.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if output.suffix.lower() != ".png" or not output.absolute().parent.is_dir():
+        raise ConfigError(f"--output {output}: must be a .png file in a folder that exists")
+    is_new = not output.exists()
+    try:
+        # Permissions do not tell everything: /proc, for one, refuses root, too.
+        with output.open("ab"):
+            pass
+        if is_new:
+            output.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"--output {output}: cannot be written ({error.strerror}); name another file"
+        ) from error
 
 
 @_command
@@ -535,24 +584,23 @@ def verify_resume(
     interruptions: Annotated[
         int | None,
         typer.Option(
-            metavar="N", help="Kills. Default: one for each epoch but the last, at most 3."
+            metavar="N", min=1, help="Kills. Default: one per epoch except the last, at most 3."
         ),
     ] = None,
     keep: Annotated[
-        bool, typer.Option("--keep", help="Keep both trainings, also where they are the same.")
+        bool, typer.Option("--keep", help="Keep both trainings even if they are identical.")
     ] = False,
 ) -> int:
-    """Check that an interrupted training of SPACE comes to the same numbers.
+    """Check that a resumed training is bit-identical.
 
-    One configuration is trained twice: straight, and killed and resumed. Metrics and all state
-    are compared to the last bit, so that a loss or an augment of your own that keeps state
-    outside of the checkpoint is found.
+    One configuration of SPACE is trained twice: without interruption, and killed and resumed.
+    Metrics and all state are compared to the last bit, which finds custom losses and augments
+    that keep state outside of the checkpoint.
 
-    Exit code 0: all is the same. 1: something differs. 2: bad input.
+    Exit code 0: identical. 1: something differs. 2: bad input.
     """
-    if interruptions is not None and interruptions < 1:
-        raise ConfigError(f"--interruptions {interruptions}: must be at least 1")
     loaded = _read_space(space)
+    params = loaded.choose(_pairs(set_ or []))
 
     from tuneapp.display import say_params, verified_lines, verified_table
     from tuneapp.prepare import prepare_one
@@ -567,15 +615,13 @@ def verify_resume(
         image_size=image_size,
         device=device,
     )
-    base = loaded.first_trials[0] if loaded.first_trials else {}
-    params = loaded.override(base, _pairs(set_ or []))
     with Show() as show:
         prepared, config, run = prepare_one(loaded, settings, params, say, show.watch)
     for warning in prepared.warnings:
         warn(warning)
     say(f"trains    {say_params(params)}")
     own_epochs = loaded.config(params).epochs
-    fewer = f" of the {own_epochs} that SPACE says, for this check" * (config.epochs < own_epochs)
+    fewer = f" of the {own_epochs} in SPACE, for this check" * (config.epochs < own_epochs)
     say(f"epochs    {config.epochs}{fewer}")
     given = {**vars(data), **vars(loading), "set": set_, "epochs": config.epochs}
     given |= {"image_size": image_size, "seed": seed, "device": device}
@@ -600,13 +646,13 @@ def verify_resume(
 def final_test(
     run: RunPath,
     trial: Annotated[
-        str, typer.Option(metavar="ID", help="Which trial: best, or an id such as t0003.")
+        str, typer.Option(metavar="ID", help="Which trial: best, or an ID such as t0003.")
     ] = "best",
 ) -> int:
-    """Open the sealed test split of RUN, and score a trial's best epoch on it.
+    """Score a trial on the sealed test split.
 
-    Meant to be done once, for the winner: each time is written down and counted, since a test
-    split that is looked at again and again becomes a validation split.
+    Scores the best epoch of a trial of RUN. Meant to be done once, for the winner: each use is
+    recorded and counted, since a test split that is used repeatedly becomes a validation split.
     """
     from tuneapp.display import final_test_lines
     from tuneapp.final_test import open_test
@@ -623,10 +669,13 @@ def final_test(
 def summary(
     run: RunPath,
     applied: Annotated[
-        bool, typer.Option("--applied", help="Show what each trial really trained with, too.")
+        bool, typer.Option("--applied", help="Also show what each trial really trained with.")
     ] = False,
 ) -> int:
-    """Show RUN's trials, best first, and write them to RUN/trials.csv."""
+    """List RUN's trials, best first.
+
+    Also writes them to RUN/trials.csv.
+    """
     from tuneapp.summary import read_summary, write_trials_table
 
     read = read_summary(run)
@@ -643,23 +692,24 @@ def doctor(
     data: SourceOptions,
     seed: Seed = None,
     output: Annotated[
-        Path, typer.Option(metavar="HTML", help="Where the page with all findings is written.")
+        Path, typer.Option(metavar="HTML", help="Where to write the page with all findings.")
     ] = Path("doctor.html"),
     exclusions: Annotated[
         Path,
         typer.Option(
             metavar="FILE",
-            help="Where the list of images to leave out is written, if there are some; the other "
-            "commands take it as --exclude.",
+            help="Where to write the list of images to exclude, if there are any; pass it to "
+            "other commands as --exclude.",
         ),
     ] = Path("exclude.txt"),
 ) -> int:
-    """Examine DATA before any training, and say what is wrong with it; nothing in it is changed.
+    """Check DATA for problems before training.
 
     Looks for unreadable files, classes that are tiny or missing in a split, duplicates and near
-    duplicates within and across splits, groups in several splits, blank images, odd names.
+    duplicates within and across splits, groups in several splits, blank images, odd names. DATA
+    is not changed.
 
-    Exit code 0: nothing serious. 1: something that would spoil a training, or end it. 2: no data.
+    Exit code 0: nothing serious. 1: a problem that would spoil or end a training. 2: no data.
     """
     chosen = chosen_data(data, Data())
 
@@ -678,38 +728,46 @@ def doctor(
     if listed:
         unnamed = write_exclusions(listed, found)
         if unnamed:
-            warn(f"{unnamed} name(s) do not fit a line of {listed}; rename these files")
+            warn(f"{unnamed} name(s) cannot be written to {listed}; rename these files")
     command = next_command(found, listed)
     write_page(output, found, listed, command)
     print_examination(found)
     say(f"page      {output}")
     if listed:
-        say(f"exclude   {listed}: {found.num_excluded:,} image(s); look through it, then")
+        say(f"exclude   {listed}: {found.num_excluded:,} image(s); review it, then")
     say(f"next      {command}")
     return 1 if found.is_serious else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
-    # Files of a run hold code and weights that are loaded again: others shall not write them.
+    # Files of a run hold code and weights that are loaded again: others must not write them.
     os.umask(os.umask(0o022) | 0o022)
-    # Before torch is loaded: its threads wait asleep and not spinning, or else a second busy
-    # program slows a training down by far more than its share (benchmarks/busy_machine.py).
+    # Before torch is loaded: its threads must sleep and not spin while they wait, or a second
+    # busy program slows a training down by far more than its share (benchmarks/busy_machine.py).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[LogToStderr()])
+    words = sys.argv[1:] if argv is None else list(argv)
     try:
-        app(args=None if argv is None else list(argv), prog_name="python -m tuneapp")
-    except SystemExit as end:  # how typer returns, from a wrong flag and from a command alike
+        code = app(args=words or ["--help"], prog_name=PROGRAM, standalone_mode=False)
+        if not words:
+            code = TuneappError.exit_code
+        return code if isinstance(code, int) else 0
+    except SystemExit as end:  # of typer, when nobody reads its output
         return end.code if isinstance(end.code, int) else 0
+    except typer.Abort:  # Ctrl-C before a command has started
+        return 130
+    except UsageError as error:
+        print_to(err, f"tuneapp: error: {usage_line(error, words, _commands)}", "red")
+        return TuneappError.exit_code
     except TuneappError as error:
         print_to(err, f"tuneapp: error: {error}", "red")
         return error.exit_code
     except OSError as error:
         if error.errno not in OF_THE_MACHINE:
             raise
-        print_to(err, f"tuneapp: error: the machine does not give it: {error}", "red")
+        print_to(err, f"tuneapp: error: out of system resources: {error}", "red")
         return StorageError.exit_code
-    return 0
 
 
 # --- What the commands share ----------------------------------------------------------------------
@@ -721,13 +779,10 @@ def _read_space(path: Path) -> "SearchSpace":
 
     import_from([str(Path.cwd())])
     space = SearchSpace.read(path)
+    # Here, since what commands import next takes seconds.
+    space.check_recipes(space.branches())
     say(f"space     {path}: {space.summary}")
     return space
-
-
-def _require_more(trials: int) -> None:
-    if trials < 1:
-        raise ConfigError(f"--trials {trials}: must be at least 1")
 
 
 def _find_trial(path: Path, trial_id: str) -> "tuple[Summary, TrialRecord]":
@@ -748,15 +803,52 @@ def _find_trial(path: Path, trial_id: str) -> "tuple[Summary, TrialRecord]":
     return read, record
 
 
-def _from_run(
-    path: Path, trial_id: str
-) -> "tuple[SearchSpace, RunSettings, dict[str, Any], tuple[RunDir, RunRecord]]":
-    """Return the space, the settings and the parameters of a trial of a run."""
+@dataclass(frozen=True)
+class _TrainingBase:
+    """What `train` starts from, before its flags.
+
+    Attributes:
+        space: a file, or the copy in a run.
+        settings: the defaults, or those of a run.
+        params: of a trial; None takes a recipe.
+        like: the run of that trial.
+        origin: where the parameters come from, unless some are set.
+    """
+
+    space: "SearchSpace"
+    settings: RunSettings
+    params: dict[str, Any] | None = None
+    like: "tuple[RunDir, RunRecord] | None" = None
+    origin: str = "set"
+
+    def reproduced_with(self, settings: RunSettings) -> "tuple[RunDir, RunRecord] | None":
+        """Return the run whose split and weights are reused; None if these settings differ."""
+        # How images are loaded changes no result.
+        same = replace(self.settings, workers=settings.workers, store_budget=settings.store_budget)
+        if self.like is None or settings != same:
+            return None
+        return self.like[0], replace(self.like[1], settings=settings)
+
+
+def _training_base(space: Path | None, from_: Path | None, trial: str | None) -> _TrainingBase:
+    if trial is not None and from_ is None:
+        raise ConfigError("--trial goes with --from RUN")
+    if space is not None and from_ is None:
+        loaded = _read_space(space)
+        return _TrainingBase(loaded, RunSettings(data=loaded.data))
+    if from_ is None or space is not None:
+        raise ConfigError("give either SPACE or --from RUN")
+
     from tuneapp.prepare import read_run_space
 
-    read, record = _find_trial(path, trial_id)
-    space = read_run_space(read.run, read.record, record.space)
-    return space, read.record.settings, record.params, (read.run, read.record)
+    read, record = _find_trial(from_, trial or "best")
+    return _TrainingBase(
+        space=read_run_space(read.run, read.record, record.space),
+        settings=read.record.settings,
+        params=dict(record.params),
+        like=(read.run, read.record),
+        origin=f"{read.run.path.resolve().name}/{record.trial_id}",
+    )
 
 
 def _flags(values: dict[str, Any]) -> list[str]:
@@ -774,6 +866,8 @@ def _pairs(texts: list[str]) -> dict[str, str]:
         name, equals, value = text.partition("=")
         if not equals or not name:
             raise ConfigError(f"--set {text}: must be NAME=VALUE, such as --set freeze_depth=2")
+        if name in pairs:
+            raise ConfigError(f"--set {name}: given twice")
         pairs[name] = value
     return pairs
 

@@ -1,7 +1,7 @@
-"""What is wrong with a data set, found out before any training; nothing in it is ever changed.
+"""Finds what is wrong with a data set before any training; nothing in it is ever changed.
 
-Every image is decoded once, on all cores, and then thought about: about a kilobyte of each stays
-in memory. It goes on where a training would refuse to begin, and says why that would.
+Every image is decoded once, on all cores; about a kilobyte of each stays in memory for the
+analysis. It continues where a training would refuse to start, and reports why.
 """
 
 from collections import Counter
@@ -27,7 +27,7 @@ from tuneapp.examination import LONG, SMALL, Colours, Examination, Spread
 from tuneapp.looks import Look, Seen, look_at_files, look_at_object
 
 Watch = Callable[[str, int, int], None]
-"""Told what is being done, how many images are done, and how many there are."""
+"""Called with the step, how many images are done, and how many there are."""
 
 
 def examine(data: Data, seed: int, watch: Watch = lambda what, done, total: None) -> Examination:
@@ -36,7 +36,7 @@ def examine(data: Data, seed: int, watch: Watch = lambda what, done, total: None
     Args:
         data: what was asked for.
         seed: of the splits that the data do not have themselves.
-        watch: told how far it is.
+        watch: called with the progress.
 
     Raises:
         DataError: there are no images to look at.
@@ -58,7 +58,7 @@ def examine(data: Data, seed: int, watch: Watch = lambda what, done, total: None
         *duplicate_findings(near, "much the same pixels"),
         *looks.findings(),
     ]
-    # A training would refuse for one reason; where that is among the findings, it is said better.
+    # A training would refuse for one reason; a finding about the same reason explains it better.
     if trouble and not any(f.kind in ("missing classes", "group leakage") for f in found):
         found.append(Finding("cannot be trained on", True, trouble))
     found.sort(key=lambda finding: not finding.is_serious)
@@ -97,7 +97,7 @@ def _group_leakage(images: ImageSet) -> Iterator[Finding]:
 
 
 class _Looks:
-    """Takes a look at each image, and keeps what is needed of it: about a kilobyte."""
+    """Examines each image, and keeps about a kilobyte of it."""
 
     def __init__(self, images: ImageSet) -> None:
         count = len(images.examples)
@@ -112,7 +112,7 @@ class _Looks:
         self._misnamed: list[tuple[str, str]] = []
 
     def take_all(self, watch: Watch) -> None:
-        """Look at all images: files on all cores, what a Dataset gives one after the other."""
+        """Look at all images: files on all cores, the examples of a Dataset one by one."""
         examples = self._images.examples
         if self._images.root is None:
             for index, example in enumerate(examples):
@@ -146,7 +146,7 @@ class _Looks:
                 self._misnamed.append((path, header.format))
 
     def stamped(self) -> ImageSet:
-        """Return the set with the digests of its contents, and what of it cannot be read."""
+        """Return the set with the digests of its contents, and which of them cannot be read."""
         told = zip(self._images.examples, self._digests, self._causes, strict=True)
         examples = tuple(replace(e, digest=digest, bad=cause) for e, digest, cause in told)
         return replace(self._images, examples=examples)
@@ -154,8 +154,8 @@ class _Looks:
     def near_duplicates(self, images: ImageSet, watch: Watch) -> list[list[Example]]:
         """Return the groups of images that show the same in different files.
 
-        Of files with the same content one stands for all: the one that the exclusion list keeps.
-        Images of one colour are not compared; they are a finding of their own.
+        Files with the same content are represented by the one that the exclusion list keeps.
+        Images of a single colour are not compared; they are a separate finding.
         """
         best: dict[str, int] = {}
         for index, example in enumerate(images.examples):
@@ -189,7 +189,7 @@ class _Looks:
                 "wrong endings",
                 False,
                 f"{len(self._misnamed)} file(s) are of another format than their ending says, "
-                f"and are read all the same: {named}",
+                f"and are read anyway: {named}",
                 tuple(path for path, _ in sorted(self._misnamed)),
             )
 
@@ -216,7 +216,7 @@ class _Looks:
         )
 
     def _colours(self) -> Colours | None:
-        """Return the colours of the training split, from whole numbers, hence exact."""
+        """Return the colours of the training split, exactly, from integers."""
         sums = [0] * 7
         for example, seen in zip(self._images.examples, self._seen, strict=True):
             if example.split == "train" and seen is not None:
@@ -225,7 +225,7 @@ class _Looks:
         if not pixels:
             return None
         mean = [total / pixels for total in sums[1:4]]
-        # n * squares - sum^2 in whole numbers: nothing is lost by the difference of large ones.
+        # n * squares - sum^2 in integers: no cancellation between large numbers.
         std = [
             (pixels * squares - total * total) ** 0.5 / pixels
             for total, squares in zip(sums[1:4], sums[4:7], strict=True)

@@ -1,8 +1,8 @@
 """Which images show the same, though their files differ.
 
 Two steps. Perceptual hashes (imagehash) propose pairs: 64 bits each, compared by how many differ.
-Thumbnails decide: hashes alone would take one scan of a 1 for another. What is too poor in detail
-to be recognised (a gradient, a scan of 8 x 8 pixels) is called the same only if its pixels are.
+Thumbnails decide: hashes alone would take one scan of a 1 for another. Images with too little
+detail (a gradient, a scan of 8 x 8 pixels) are called the same only if their pixels are.
 
 Light on purpose (Pillow, numpy and imagehash only): the processes that read files import it.
 
@@ -12,7 +12,7 @@ each against itself, and against copies saved as JPEG of quality 60, halved, bri
 and a fifth, of a palette, and with a white mark on 2 % of the area, as it is and saved as JPEG:
 
 - One hash is not enough. Copies differ in up to 6 bits of phash (photos), yet a mark moves 10 to
-  28 of them; it moves at most 9 of dhash, which for its part is alike for most gradients.
+  28 of them; it moves at most 9 of dhash, which in turn is alike for most gradients.
 - Edges correlate at 0.97 or more between a photo and its copies, at 0.92 or less between different
   ones (but for one pair of CIFAR-10, 0.95, much the same picture). In pure noise copies have
   0.74 or more and others 0.15 or less; among digits, others have up to 0.99.
@@ -41,13 +41,13 @@ from tuneapp.thumbnails import SIDE, SMOOTH, Indices, Thumbnails
 MAX_BITS = 13
 """Bits of a hash in which two proposed images may differ."""
 TINY = 32
-"""Images with a shorter side cannot be told from their likes, only from larger ones."""
+"""Smaller images are compared with larger ones only: they are too alike among themselves."""
 
 _REDUCED = 256  # the short side down to which large images are shrunk by the fast way
-_ROWS, _COLUMNS = 16, 8192  # hashes compared at once: so few that all stays in the caches
+_ROWS, _COLUMNS = 16, 8192  # hashes compared at once: few enough for the caches
 _PAIRS = 4096  # pairs whose thumbnails are compared at once
 _ENOUGH = 1_000_000  # pairs that each hash may propose, about: 10 s of comparing
-_SAMPLED = 512  # images by which it is foreseen how many those would be
+_SAMPLED = 512  # images from which that number is estimated
 _NOTHING = np.zeros(0, dtype=np.intp)
 
 
@@ -55,7 +55,7 @@ class Fingerprint(NamedTuple):
     """What an image is recognised by; 784 bytes.
 
     Attributes:
-        phash: 64 bits, of the low frequencies: stays when an image is saved anew or made smaller.
+        phash: 64 bits, of the low frequencies: stays when an image is re-saved or made smaller.
         dhash: 64 bits, of the slopes: stays outside of a mark on the image.
         thumbnail: RGB, SIDE x SIDE x 3 bytes.
     """
@@ -100,7 +100,7 @@ def near_duplicates(
 
     Args:
         prints: of images that are not of one colour, no two of them with the same content.
-        watch: told how many images are compared.
+        watch: called with the number of images compared.
     """
     count = len(prints.hashes)
     joined = _Joined(count)

@@ -1,4 +1,4 @@
-"""What of a configuration can matter: two that differ in nothing else are the same trial."""
+"""The part of a configuration that has an effect: if two agree in it, they are the same trial."""
 
 import hashlib
 from typing import Any
@@ -6,19 +6,21 @@ from typing import Any
 from tuneapp.config import TrialConfig, canonical_json
 from tuneapp.errors import ConfigError
 from tuneapp.fit import skeleton
-from tuneapp.models import freeze_as, freeze_depth_in, stage_lrs
+from tuneapp.models import freeze_depth_in, stage_lrs, trained_parameters
+from tuneapp.staged import StagedModel
 
 
 def effective(config: TrialConfig) -> dict[str, Any]:
-    """Return what of a configuration decides the training, in one spelling.
+    """Return the part of a configuration that decides the training, written in one way.
 
     Learning rate, ratio and head factor become the learning rate of each stage that is ever
-    trained; depths are counted from the stem; what only frozen layers, a weight decay of 0 or a
-    plain shuffle leave without effect is left out. What was not chosen is in no configuration.
-    `seed` stays: a repeat with another one is asked for on purpose.
+    trained. Freeze depths are counted from the stem; patterns become the names that they freeze, or
+    a depth if they freeze exactly the first stages. Fields without effect are left out: of frozen
+    BatchNorm if nothing is frozen, of a weight decay of 0, of drawing in a plain shuffle. `seed`
+    stays: a repeat with another one is intended.
 
     Args:
-        config: of a network that exists, and that it fits.
+        config: one that fits its network.
 
     Raises:
         ConfigError: a stage that is trained has no learning rate.
@@ -27,9 +29,9 @@ def effective(config: TrialConfig) -> dict[str, Any]:
     model = skeleton(config.model, aux=config.aux_weight > 0)
     names = [stage.name for stage in model.stages]
 
-    freeze_as(model, config, config.epochs)  # depths only fall, so the last epoch trains most
-    trained = {stage.name for stage in model.stages if stage.trained_parameters()}
-    model.freeze(0)  # it is shared, and was so before
+    # Depths only fall, so the last epoch trains most.
+    ever = {id(p) for p in trained_parameters(model, config, config.epochs).values()}
+    trained = {s.name for s in model.stages if any(id(p) in ever for p in s.parameters())}
     rates = stage_lrs(config, names)
     for name in ("lr_ratio", "head_lr_factor"):
         del plain[name]
@@ -39,17 +41,34 @@ def effective(config: TrialConfig) -> dict[str, Any]:
         raise ConfigError(f"lr_ratio: no factor for stage {missing[0]!r}, which is trained")
     plain["lrs"] = {name: rates[name] for name in names if name in trained}
 
-    plain["freeze_depth"] = freeze_depth_in(config, len(names)) if not config.freeze else 0
+    plain["freeze_depth"], plain["freeze"] = _frozen(model, config)
     plain["unfreeze_at"] = {
         str(epoch): freeze_depth_in(config, len(names), epoch) for epoch in config.unfreeze_at
     }
-    if not config.freeze and plain["freeze_depth"] == 0:
+    if not plain["freeze"] and plain["freeze_depth"] == 0:
         del plain["frozen_batchnorm"]
     if not getattr(config.optimizer, "weight_decay", 0.0):
         del plain["decay_norms_and_biases"]
     if config.sampling == "shuffle":
         del plain["replacement"], plain["num_samples"]
     return plain
+
+
+def _frozen(model: StagedModel, config: TrialConfig) -> tuple[int, list[str]]:
+    """Return the freeze depth of the first epoch, or 0 and the names that patterns freeze.
+
+    Patterns are a depth if they freeze the stages below it and nothing else. It is counted as
+    `StagedModel.freeze_matching` does, so that the modes of all layers are those of this depth.
+    """
+    if not config.freeze:
+        return freeze_depth_in(config, len(model.stages)), []
+    trained = trained_parameters(model, config)
+    ids = {id(p) for p in trained.values()}
+    has_trained = [any(id(p) in ids for p in stage.parameters()) for stage in model.stages]
+    depth = has_trained.index(True) if True in has_trained else len(has_trained)
+    if all(id(p) in ids for stage in model.stages[depth:] for p in stage.parameters()):
+        return depth, []
+    return 0, sorted(name for name, _ in model.network.named_parameters() if name not in trained)
 
 
 def config_hash(config: TrialConfig) -> str:
@@ -59,7 +78,7 @@ def config_hash(config: TrialConfig) -> str:
 
 
 def _alike(plain: Any) -> Any:
-    """Return it with one spelling for each number: 1 is 1.0."""
+    """Return it with every number as a float: 1 is 1.0."""
     if isinstance(plain, dict):
         return {name: _alike(value) for name, value in plain.items()}
     if isinstance(plain, list):

@@ -1,4 +1,4 @@
-"""What an examination of a data set comes to: for the terminal, and as an exclusion list."""
+"""The result of examining a data set: for the terminal, and as an exclusion list."""
 
 import shlex
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ _OURS = "# by tuneapp doctor: images to leave out of"
 SMALL = 64
 """Images with a shorter side of fewer pixels are counted as small."""
 LONG = 3.0
-"""Images whose longer side is more than so many times the shorter one are counted as long."""
+"""Images whose longer side is more than this many times the shorter one are counted as long."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Colours:
 
     Attributes:
         mean: of each channel.
-        std: likewise.
+        std: of each channel.
         pixels: how many pixels these are of.
     """
 
@@ -58,11 +58,11 @@ class Colours:
 
 @dataclass(frozen=True)
 class Examination:
-    """What was found out about a data set.
+    """What was found in a data set.
 
     Attributes:
-        images: split as a training would, where that is possible; with digests, and what of it
-            cannot be read.
+        images: split as a training would, if that is possible; with digests, and the
+            causes of unreadable files.
         findings: the serious first.
         spreads: of width, height, and the ratio of the longer side to the shorter one.
         num_small: images with a shorter side below `SMALL` pixels.
@@ -85,7 +85,7 @@ class Examination:
 
     @property
     def is_serious(self) -> bool:
-        """Whether something is wrong that would spoil a training, or end it."""
+        """Whether a finding would spoil a training, or end it."""
         return any(finding.is_serious for finding in self.findings)
 
     @property
@@ -125,7 +125,7 @@ def summary_lines(examination: Examination) -> list[str]:
 
 
 def require_writable(flag: str, file: Path, data: Data) -> None:
-    """Check, before the long look at the data, that a result can be written, and harms nothing.
+    """Check, before the long examination, that a result can be written without harm.
 
     Raises:
         ConfigError: it cannot, lies in the data, or there is a file that `doctor` did not write.
@@ -135,7 +135,7 @@ def require_writable(flag: str, file: Path, data: Data) -> None:
     if not data.is_table and Path(data.source).resolve() in file.resolve().parents:
         raise ConfigError(f"{flag} {file}: lies in the data, where nothing is written")
     if file.exists() and _MADE_BY not in file.read_bytes()[:4096]:
-        raise ConfigError(f"{flag} {file}: is there, and not by `doctor`; give another name")
+        raise ConfigError(f"{flag} {file}: not written by `doctor`; give another name")
 
 
 def next_command(examination: Examination, exclusions: Path | None) -> str:
@@ -148,7 +148,7 @@ def next_command(examination: Examination, exclusions: Path | None) -> str:
 
 
 def options_of(data: Data) -> list[str]:
-    """Return the options that name these data; not `--exclude`, whose list is made anew."""
+    """Return the options that name these data; not `--exclude`, whose list is rewritten."""
     words = ["--data", data.source]
     for name in ("label_regex", "label_separator", "group_regex", "data_root", "folds"):
         if getattr(data, name) is not None:
@@ -172,7 +172,7 @@ def write_exclusions(file: Path, examination: Examination) -> int:
     """
     data = examination.images.data
     lines = [f"{_OURS} {printable(data.source)}"]
-    if data.exclude is not None:  # or else the next training would have these again
+    if data.exclude is not None:  # or the next training would include these again
         lines += [f"# left out before, by {printable(data.exclude)}"]
         lines += read_exclusions(Path(data.exclude))
     written: set[str] = set()

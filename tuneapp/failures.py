@@ -1,18 +1,18 @@
-"""Why a trial did not finish: what it was, what is at fault, what helps, what becomes of it.
+"""Why a trial did not finish: the kind of failure, what is at fault, what helps, what happens next.
 
-    kind             at fault           what becomes of the trial
-    diverged         the configuration  `diverged`; the search is told the worst value seen
-    out of memory    the configuration  `failed`; the search is told that it is infeasible
+    kind             at fault           state of the trial
+    diverged         the configuration  `diverged`; the search gets the worst value seen
+    out of memory    the configuration  `failed`; for the search, it is infeasible
     data             the images         `failed`
     bug              the code           `failed`; the same one in the first three ends the sweep
-    stalled          the machine        ended, and `failed`: nothing was heard of it for too long
-    process died     the machine        tried again from its last checkpoint; `failed` at last
+    stalled          the machine        ended, and `failed`: it reported nothing for too long
+    process died     the machine        retried from its last checkpoint; `failed` after retries
     node lost        the machine        likewise
     disk full        the disk           waits for room; `failed` only where it could not wait
-    refused          the space          `failed`: a corner of the space builds no configuration
+    refused          the space          `failed`: some values of the space are no configuration
 
-The time limit of a sweep and a stop by the user (Ctrl-C, SIGTERM) are no failures: they leave
-trials `unfinished`, which `resume` goes on with.
+The time limit of a sweep and a stop by the user (Ctrl-C, SIGTERM) are not failures: they leave
+trials `unfinished`, which `resume` continues.
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ Kind = Literal[
 KINDS: tuple[str, ...] = get_args(Kind)
 
 MAX_RETRIES = 2
-"""How often in a row, without a new epoch between, a trial is tried again for what can pass."""
+"""Retries of a trial after temporary failures, in a row without a new epoch in between."""
 
 _KNOWN_AFTER = ("diverged", "out of memory", "data", "bug", "refused")
 
@@ -57,22 +57,22 @@ _HINTS = {
     "at once (--concurrent)",
     "data": "`python -m tuneapp doctor` finds what is wrong with images",
     "bug": "the traceback is in the trial's error.txt",
-    "stalled": "look at its log.txt for what it was doing, and at the machine for what it waited",
-    "process died": "look at its log.txt, and at the kernel's log for what ended it",
-    "node lost": "look at the machine that it ran on",
-    "disk full": "make room, then `resume`",
-    "refused": "let the space ask for values that it can use",
+    "stalled": "its log.txt shows what it was doing; check what on the machine it waited for",
+    "process died": "check its log.txt, and the kernel's log for what ended it",
+    "node lost": "check the machine on which it ran",
+    "disk full": "free some disk space, then `resume`",
+    "refused": "restrict the space to values that build a configuration",
 }
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What ended a trial before its time.
+    """What ended a trial early.
 
     Attributes:
         kind: one of `KINDS`.
-        cause: what happened, in a line.
-        can_pass: whether the same trial, tried again, may well succeed.
+        cause: what happened, in one line.
+        can_pass: whether a retry of the same trial may succeed.
     """
 
     kind: str
@@ -81,7 +81,7 @@ class Failure:
 
     @property
     def state(self) -> Literal["diverged", "failed"]:
-        """What becomes of the trial, where it is not tried again."""
+        """The state of the trial, if it is not retried."""
         return "diverged" if self.kind == "diverged" else "failed"
 
 
@@ -96,16 +96,16 @@ def hint(kind: str) -> str:
 
 
 def would_repeat(kind: str) -> bool:
-    """Whether the same configuration would end in the same way: it need not be run again."""
+    """Whether the same configuration would fail in the same way, so that a retry is useless."""
     return kind in _KNOWN_AFTER
 
 
 def classify(error: BaseException, folder: Path) -> Failure:
-    """Return what an error that a trial raised comes to.
+    """Return the failure that an error of a trial stands for.
 
     Args:
         error: as it was raised.
-        folder: the trial's, to know whether its disk is full.
+        folder: of the trial, to find out whether its disk is full.
     """
     if isinstance(error, Diverged):
         return Failure("diverged", str(error))
@@ -124,9 +124,9 @@ def _kind_of(error: BaseException, folder: Path) -> Kind:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was refused, of the device or of the host.
+    """Whether memory of the device or of the host could not be allocated.
 
-    torch has its own error for a device; of the host's memory its allocator raises a RuntimeError.
+    torch has its own error for a device; for host memory, its allocator raises a RuntimeError.
     """
     words = str(error).lower()
     refused = (

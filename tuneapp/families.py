@@ -1,8 +1,8 @@
 """Every torchvision classifier as stages: for each family, its own modules in forward order.
 
-A stage is what the family's paper, or torchvision itself, names and what halves the resolution;
-for transformers without such a pyramid, one encoder block. What a forward does by a function and
-not by a module (flatten, mean, ReLU) stands as a module without parameters.
+A stage is a part that the family's paper, or torchvision itself, names and that halves the
+resolution; in transformers without such a pyramid, one encoder block. Functions that a forward pass
+calls (flatten, mean, ReLU) are represented by modules without parameters.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,16 +19,16 @@ Pieces = Mapping[str, Sequence[nn.Module]]
 
 @dataclass(frozen=True)
 class Family:
-    """How the members of one family are cut into stages.
+    """How the members of one family are divided into stages.
 
     Attributes:
         stages: network -> name of each stage, from stem to head, -> its modules, which are called
             one after the other.
-        classifier: path of the last layer, whose size is the number of classes; of all, where a
-            network has several.
-        size_argument: the constructor's name for the image size, where it wants one.
-        aux: auxiliary classifiers -> the modules on whose outputs they stand.
-        options: what every member is built with.
+        classifier: path of the last layer, whose size is the number of classes; or the paths of
+            several such layers.
+        size_argument: the constructor's argument for the image size, where it has one.
+        aux: auxiliary classifiers -> the modules whose outputs they classify.
+        options: arguments with which every member is built.
         is_chain: whether calling the stages one after the other is the network.
     """
 
@@ -41,13 +41,13 @@ class Family:
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """Paths of the modules that are new in a network for other classes."""
+        """Paths of the modules that are new when the number of classes changes."""
         last = (self.classifier,) if isinstance(self.classifier, str) else self.classifier
         return (*last, *self.aux)
 
 
 class Function(nn.Module):
-    """A function in the place of a module."""
+    """A function as a module."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -59,14 +59,14 @@ class Function(nn.Module):
 
 
 class Beside(nn.Module):
-    """Makes a module that the main path does not call part of a stage."""
+    """Makes a module part of a stage although the main path does not call it."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
 
     def forward(self, x: Tensor) -> Tensor:
-        """Hand the input on."""
+        """Return the input."""
         return x
 
 
@@ -79,7 +79,7 @@ def _class_token(x: Tensor) -> Tensor:
 
 
 class _VitEmbedding(nn.Module):
-    """What `VisionTransformer.forward` does before its encoder blocks, with its own parameters."""
+    """The part of `VisionTransformer.forward` before the encoder blocks, with its parameters."""
 
     def __init__(self, net: Any) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class _VitEmbedding(nn.Module):
 
 
 def _split_after(modules: nn.Sequential, kind: type[nn.Module]) -> list[list[nn.Module]]:
-    """Cut a sequence after each module of this kind."""
+    """Split a sequence after each module of this kind."""
     pieces: list[list[nn.Module]] = [[]]
     for module in modules:
         pieces[-1].append(module)
@@ -108,7 +108,7 @@ def _split_after(modules: nn.Sequential, kind: type[nn.Module]) -> list[list[nn.
 
 
 def _split_at_strides(blocks: Sequence[nn.Module]) -> list[list[nn.Module]]:
-    """Cut a sequence of blocks before each one that halves the resolution."""
+    """Split a sequence of blocks before each one that halves the resolution."""
     pieces: list[list[nn.Module]] = [[]]
     for block in blocks:
         halves = any(m.stride == (2, 2) for m in block.modules() if isinstance(m, nn.Conv2d))
@@ -134,7 +134,7 @@ def _alexnet(net: Any) -> Pieces:
 
 
 def _convnext(net: Any) -> Pieces:
-    f = net.features  # the downsampling of a stage stands before its blocks
+    f = net.features  # the downsampling of a stage comes before its blocks
     return {
         "stem": f[0:1],
         "stage1": f[1:2],
@@ -273,7 +273,7 @@ def _squeezenet(net: Any) -> Pieces:
 
 
 def _swin(net: Any) -> Pieces:
-    f = net.features  # the merging of patches stands before the blocks of a stage
+    f = net.features  # the merging of patches comes before the blocks of a stage
     return {
         "embedding": f[0:1],
         "stage1": f[1:2],
@@ -303,8 +303,8 @@ def _vit(net: Any) -> Pieces:
 
 
 RESNET = Family(_resnet, classifier="fc")
-# What makes inputs in [-1, 1], for which both were trained, of ImageNet's normalisation;
-# torchvision sets it with pretrained weights.
+# `transform_input` converts ImageNet's normalisation to inputs in [-1, 1], on which both were
+# trained; torchvision sets it with pretrained weights.
 _INCEPTION_OPTIONS = {"transform_input": True, "init_weights": True}
 
 _BY_PREFIX: Mapping[str, Family] = {
@@ -338,6 +338,8 @@ _BY_PREFIX: Mapping[str, Family] = {
     "vit": Family(_vit, classifier="heads.head", size_argument="image_size"),
     "wide_resnet": RESNET,
 }
+
+FAMILY_NAMES = tuple(_BY_PREFIX)
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {

@@ -1,7 +1,7 @@
-"""Downloads that are whole and checked, or not there at all.
+"""Downloads: complete and checked, or not there at all.
 
-Files lie where torch.hub keeps them, so that what other programs fetched is not fetched again. One
-from torchvision's list is checked against the hash in its name each time it is found.
+Files are where torch.hub keeps them, so that a file that another program downloaded is not
+downloaded again. A file of torchvision is checked against the hash in its name at each use.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from tuneapp.errors import WeightsError
 
 SILENCE_S = 5.0
-"""A server that says nothing for so long is not there."""
+"""A server that sends nothing for this long counts as unreachable."""
 
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,})\.")
 
@@ -31,15 +31,15 @@ def hub_dir() -> Path:
 
 
 def cached_or_fetched(url: str, limit_s: float | None, name: str | None = None) -> Path:
-    """Return the file behind `url`, downloaded if this machine does not have it yet.
+    """Return the file at `url`, downloaded if this machine does not have it yet.
 
     Args:
         url: http, https or file address.
         limit_s: seconds for a download; None is no limit.
-        name: what the file is called here; None is as in the address.
+        name: of the file on this machine; None is as in the address.
 
     Raises:
-        WeightsError: it is damaged, or cannot be had; the message says where to put the file.
+        WeightsError: it is damaged or not available; the message says where to put the file.
     """
     file = hub_dir() / (name or url.rsplit("/", 1)[-1])
     if file.is_file():
@@ -53,15 +53,15 @@ def cached_or_fetched(url: str, limit_s: float | None, name: str | None = None) 
 
 
 def fetch(url: str, file: Path, limit_s: float | None) -> None:
-    """Download `url` to `file`, whole and with the hash in its name, or not at all.
+    """Download `url` to `file`, complete and with the hash in its name, or not at all.
 
     Args:
         url: http, https or file address.
-        file: where to; processes that ask at once take turns, and fetch it once.
-        limit_s: seconds for the whole of it; None is no limit.
+        file: where to; of several processes at once, one downloads it and the others wait.
+        limit_s: seconds for the whole download; None is no limit.
 
     Raises:
-        WeightsError: the server cannot be reached, is too slow, or sent something else.
+        WeightsError: the server cannot be reached, is too slow, or sent another content.
     """
     aside = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}")
     deadline = None if limit_s is None else time.monotonic() + limit_s
@@ -71,27 +71,29 @@ def fetch(url: str, file: Path, limit_s: float | None) -> None:
         with lock:
             if file.is_file():
                 return
-            with urllib.request.urlopen(url, timeout=SILENCE_S) as answer, aside.open("wb") as out:
-                while block := answer.read1(1 << 16):  # what has come, and no waiting for more
+            with urllib.request.urlopen(url, timeout=SILENCE_S) as reply, aside.open("wb") as out:
+                while block := reply.read1(1 << 16):  # what has arrived, without waiting for more
                     out.write(block)
                     if deadline is not None and time.monotonic() > deadline:
                         raise WeightsError(f"{url} took longer than {limit_s:g} s")
-                length = answer.headers.get("Content-Length")
+                length = reply.headers.get("Content-Length")
                 if length is not None and out.tell() != int(length):
                     raise WeightsError(f"{url} ended after {out.tell()} of {length} bytes")
             check_hash(aside, file.name)
             aside.replace(file)
     except Timeout:
-        raise WeightsError(f"another process has been fetching {url} for {limit_s:g} s") from None
+        raise WeightsError(
+            f"another process has been downloading {url} for more than {limit_s:g} s"
+        ) from None
     except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
         reason = getattr(error, "reason", None) or error or type(error).__name__
-        raise WeightsError(f"{url} cannot be fetched ({reason})") from None
+        raise WeightsError(f"{url} cannot be downloaded ({reason})") from None
     finally:
         aside.unlink(missing_ok=True)
 
 
 def check_hash(file: Path, name: str) -> None:
-    """Compare a file with the hash that torchvision puts into `name`, where there is one.
+    """Compare a file with the hash that torchvision puts into `name`, if there is one.
 
     Raises:
         WeightsError: they differ.
@@ -102,8 +104,8 @@ def check_hash(file: Path, name: str) -> None:
     got = sha256_of(file)
     if not got.startswith(wanted[1]):
         raise WeightsError(
-            f"{file.with_name(name)} is damaged: its SHA-256 begins with {got[:8]}, its name says "
-            f"{wanted[1]}; delete it if it is there, and try again"
+            f"{file.with_name(name)} is damaged: its SHA-256 begins with {got[:8]}, but its name "
+            f"says {wanted[1]}; delete it if it exists, and try again"
         )
 
 

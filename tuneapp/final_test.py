@@ -1,7 +1,7 @@
-"""Open the sealed test split, once the search is over, and write down that it was done.
+"""Open the sealed test split after the search, and record that it was opened.
 
-Nothing else reads test images: the store has none, and a trial's examples have none. Each opening
-is an event of the ledger, written before the first image is read.
+Nothing else reads test images: neither the store nor a trial's examples have any. Each opening is
+an event of the ledger, written before the first image is read.
 """
 
 from dataclasses import dataclass, replace
@@ -35,22 +35,22 @@ from tuneapp.training import (
 from tuneapp.weights import preprocessing_of
 
 OPENED, RESULT = "test_opened", "test_result"
-"""The two events of an opening: before the first image is read, and when there are scores."""
+"""The two events of an opening: before the first image is read, and with the scores."""
 
 
 @dataclass(frozen=True)
 class TestResult:
-    """What a trial is worth on the test split.
+    """The scores of a trial on the test split.
 
     Attributes:
-        trial_id: which trial.
-        scores: a row of metrics for each of its models: one, or one for each fold.
+        trial_id: of the trial.
+        scores: a row of metrics for each of its models: one, or one per fold.
         num_images: test images that could be read.
-        bad: those that could not, each with its cause.
-        times_opened: how often the split was opened in this run, this time included.
+        bad: those that could not be read, each with its cause.
+        times_opened: how often the split was opened in this run, including this time.
     """
 
-    __test__ = False  # pytest takes classes of this name for tests
+    __test__ = False  # pytest would collect a class of this name
 
     trial_id: str
     scores: tuple[dict[str, float], ...]
@@ -64,8 +64,8 @@ def open_test(path: Path, trial_id: str, watch: Watch) -> TestResult:
 
     Args:
         path: the run directory.
-        trial_id: a trial with an epoch.
-        watch: told how far the decoding of the images is.
+        trial_id: of a trial that has finished an epoch.
+        watch: is called with the progress of the decoding.
 
     Raises:
         DataError: the run has no test split, or its images have changed.
@@ -76,9 +76,9 @@ def open_test(path: Path, trial_id: str, watch: Watch) -> TestResult:
     images = read_run_images(run, record)
     if not images.of("test"):
         raise DataError(
-            f"{path} has no test split: data with a validation split of their own need a test "
-            "split of their own, too (a test/ folder, a split column); of others, test_share is "
-            "held out"
+            f"{path} has no test split: a data set with a validation split must also have a test "
+            "split (a test/ folder, or test in the split column); from others, test_share is held "
+            "out"
         )
     require_unchanged(replace(images, examples=images.of("test")))
     trial = read_records(read_events(run.ledger))[trial_id]
@@ -99,15 +99,15 @@ def open_test(path: Path, trial_id: str, watch: Watch) -> TestResult:
                 model = build_staged(config, len(images.classes), _size(config, trial_run))
                 model.load_state_dict(validated_weights(content))
                 precision = Precision(device.type, choose_dtype(config.amp, device))
-                answers = evaluate(model.to(device), batches.epoch(1), precision)
+                outputs = evaluate(model.to(device), batches.epoch(1), precision)
                 measured = measure(
-                    answers.logits.numpy(), answers.targets.numpy(), images.classes,
+                    outputs.logits.numpy(), outputs.targets.numpy(), images.classes,
                     record.settings.metric,
                 )  # fmt: skip
                 scores.append(
                     {
                         name.replace("val/", "test/"): value
-                        for name, value in {"val/loss": answers.loss, **measured}.items()
+                        for name, value in {"val/loss": outputs.loss, **measured}.items()
                     }
                 )
             ledger.append(RESULT, trial=trial_id, scores=scores, images=batches.num_examples)
@@ -130,13 +130,13 @@ def _size(config: TrialConfig, run: TrialRun) -> int:
 def _test_batches(
     config: TrialConfig, run: TrialRun, images: ImageSet, watch: Watch
 ) -> tuple[ImageSet, Batches, torch.device]:
-    """Return the test images, as the validation images of a set of their own, and their batches."""
+    """Return the test images, as the validation split of a separate set, and their batches."""
     examples = tuple(replace(e, split="val") for e in images.of("test"))
     test = replace(images, examples=examples)
     preprocessing = preprocessing_of(config, images.native_size)
-    # A budget of nothing: no pixel of the test split is kept on the disk.
+    # With a budget of 0, no pixels of the test split are stored on the disk.
     store = open_store(test, preprocessing, 0, watch)
-    settings = replace(run.settings, workers=None)  # what was asked for stored images, perhaps
+    settings = replace(run.settings, workers=None)  # it may have been chosen for stored images
     device = choose_device(run)
     workers = choose_workers(settings, store, run.num_threads, device)
     batches = evaluation_batches(config, store, preprocessing, device, workers)

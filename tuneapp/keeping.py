@@ -1,6 +1,6 @@
-"""Which checkpoints of a sweep stay: all of what can go on, and the best of what has ended.
+"""Which checkpoints of a sweep are kept: of unfinished trials all, of ended ones the best.
 
-Metrics, tables, logs and TensorBoard's files are never touched.
+Metrics, tables, logs and TensorBoard's files are never removed.
 """
 
 import logging
@@ -20,10 +20,10 @@ log = logging.getLogger(__name__)
 
 
 class Keeper:
-    """Removes the checkpoints of a run that nobody will need.
+    """Removes checkpoints of a run that are not needed any more.
 
-    A trial that is unfinished keeps all of its own. Of trials that have ended, the best ones keep
-    their best epoch's. What cannot be removed is warned of, and tried again.
+    An unfinished trial keeps all of its checkpoints. Of trials that have ended, the best ones keep
+    that of their best epoch. A file that cannot be removed is logged as a warning, and tried again.
     """
 
     def __init__(
@@ -34,21 +34,22 @@ class Keeper:
         disk_budget: int | None,
         say: Callable[[str], None],
     ) -> None:
-        """Say what stays; nothing is removed yet.
+        """Set what is to be kept; nothing is removed yet.
 
         Args:
-            run: whose checkpoints.
-            settings: say by which metric one trial is better than another.
+            run: the run with the checkpoints.
+            settings: of the run; its metric decides which trials are the best.
             keep_best: how many ended trials keep a checkpoint; at least 1.
             disk_budget: bytes that all checkpoints and the frozen parts that they share may take;
-                to keep it, fewer trials keep one, but always the best. None is no limit.
-            say: told, once, that the budget cannot be kept.
+                to meet it, fewer trials keep a checkpoint, but always the best one. None is no
+                limit.
+            say: is called once with a line if the budget cannot be met.
 
         Raises:
             ConfigError: `keep_best` is less than 1.
         """
         if keep_best < 1:
-            raise ConfigError(f"keep_best = {keep_best}: must be at least 1")
+            raise ConfigError(f"keep_best must be at least 1, got {keep_best}")
         self._run, self._settings = run, settings
         self._keep_best, self._budget, self._say = keep_best, disk_budget, say
         self._trimmed: set[str] = set()
@@ -57,7 +58,7 @@ class Keeper:
         self._has_said = False
 
     def tidy(self, records: Mapping[str, TrialRecord]) -> None:
-        """Remove what is not needed any more; to be called after each end of a trial.
+        """Remove what is not needed any more; to be called after each trial has ended.
 
         A trial whose process still holds its folder is left for the next call.
 
@@ -76,10 +77,10 @@ class Keeper:
             self._fit(kept, unfinished, self._budget)
 
     def tidy_frozen(self) -> None:
-        """Remove shared frozen parts that no checkpoint needs; only while no trial of ours runs.
+        """Remove shared frozen parts that no checkpoint needs; only while no trial is running.
 
-        Nothing is removed while a trial's process of a killed sweep lives on, or where a manifest
-        cannot be read.
+        Nothing is removed while the process of a trial of a killed sweep still runs, or if a
+        manifest cannot be read.
         """
         trials = sorted((self._run.path / "trials").glob("*"))
         if not self._run.frozen.is_dir() or any(_is_held(trial) for trial in trials):
@@ -99,7 +100,7 @@ class Keeper:
                     self._warn(file, error)
 
     def _settle(self, trial_id: str, act: Callable[[Path], None], done: set[str]) -> None:
-        """Let `act` remove checkpoints of an ended trial, and remember in `done` that it did."""
+        """Let `act` remove checkpoints of an ended trial, and record that in `done`."""
         trial = self._run.trial(trial_id)
         if trial_id in done | self._dropped or not trial.is_dir():
             return
@@ -117,7 +118,7 @@ class Keeper:
             done.add(trial_id)
 
     def _act(self, folder: Path, act: Callable[[Path], None]) -> bool:
-        """Remove checkpoints, where there are some; return whether that went well."""
+        """Remove checkpoints, if there are any; return whether that succeeded."""
         try:
             if checkpoint.bytes_of(folder):
                 act(folder)
@@ -127,8 +128,8 @@ class Keeper:
         return True
 
     def _fit(self, kept: Sequence[str], unfinished: Iterable[str], budget: int) -> None:
-        """Drop kept checkpoints, the worst trial's first, until all fit the budget."""
-        # One whose process still holds it has more than it will keep: it counts the next time.
+        """Drop kept checkpoints, those of the worst trial first, until all fit the budget."""
+        # A trial whose process still holds it has more than it will keep: it counts next time.
         sizes = {t: self._bytes_of_trial(t) for t in kept if t in self._trimmed - self._dropped}
         total = sum(sizes.values()) + sum(self._bytes_of_trial(t) for t in unfinished)
         total += self._bytes_of(self._run.frozen)
@@ -140,7 +141,7 @@ class Keeper:
             self._has_said = True
             self._say(
                 f"disk      checkpoints take {say_bytes(total)}, and may take {say_bytes(budget)}: "
-                "those of the best trial and of unfinished ones stay"
+                "those of the best trial and of unfinished ones are kept anyway"
             )
 
     def _bytes_of_trial(self, trial_id: str) -> int:
@@ -157,11 +158,11 @@ class Keeper:
     def _warn(self, path: Path, error: Exception) -> None:
         if path not in self._warned:
             self._warned.add(path)
-            log.warning("%s: not all could be removed that is not needed (%s)", path, error)
+            log.warning("%s: not all unneeded files could be removed (%s)", path, error)
 
 
 def ranked(records: Iterable[TrialRecord], settings: RunSettings) -> list[str]:
-    """Return the ids of trials that have a row, the best first; of equals the earlier proposed.
+    """Return the ids of trials that have a row, the best first; of equals the earlier one.
 
     With folds, those with more folds come first: means over different folds are not compared.
     """
@@ -176,7 +177,7 @@ def ranked(records: Iterable[TrialRecord], settings: RunSettings) -> list[str]:
 
 
 def _checkpoint_folders(trial: Path) -> list[Path]:
-    """Return the folders with checkpoints of a trial: one, or with folds, one for each."""
+    """Return the folders with checkpoints of a trial: one, or with folds, one per fold."""
     return [
         f for f in (trial / "checkpoints", *sorted(trial.glob("fold*/checkpoints"))) if f.is_dir()
     ]
@@ -189,5 +190,5 @@ def _is_held(trial: Path) -> bool:
     try:
         with FileLock(trial / ".lock", timeout=0):
             return False
-    except OSError:  # held (a Timeout is an OSError), or nobody can know
+    except OSError:  # held (a Timeout is an OSError), or unknown
         return True

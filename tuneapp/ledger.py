@@ -1,9 +1,9 @@
-"""The one truth about a run: an append-only file of events, from which everything else is rebuilt.
+"""A run's single source of truth: an append-only file of events, from which the rest is rebuilt.
 
 JSON lines. Each line carries its sequence number and a CRC-32 of itself and is written with one
 `write` and one `fsync`, so that after a kill at any moment the file holds every event that was
-acknowledged and at most one torn line at its end. There are no clocks in it: order is the order of
-the lines. One process writes (it holds the run's lock), any number read.
+acknowledged and at most one torn line at its end. It has no timestamps: order is the order of the
+lines. One process writes (it holds the run's lock), any number read.
 
 Events: `sweep` (how many trials are wanted), `refined` (another space from here on), `proposed`,
 `applied`, `epoch`, `warned`, `retried`, `ended`, written by `study.py` alone; `test_opened` and
@@ -38,7 +38,7 @@ def read_events(path: Path) -> list[Event]:
 
 
 class Events:
-    """Takes events and keeps them in memory: what a study needs that leaves no run behind."""
+    """Keeps events in memory, for a study without a run directory."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
@@ -54,7 +54,7 @@ class Ledger(Events):
     """Appends events; each is on the disk when `append` returns."""
 
     def __init__(self, path: Path) -> None:
-        """Open the ledger at `path`, creating it where it is missing and mending a torn end.
+        """Open the ledger at `path`, creating it if it is missing and repairing a torn end.
 
         Raises:
             StorageError: it is damaged, or cannot be written.
@@ -77,7 +77,7 @@ class Ledger(Events):
         Raises:
             ValueError: a number in a field is not finite.
             TypeError: a field is not JSON.
-            StorageError: the disk did not take it; the ledger is as it was. (Of a full one, it
+            StorageError: it cannot be written; the ledger is unchanged. (If the disk is full, it
                 waits for room.)
         """
         record = {"seq": len(self.events), "event": event, **fields}
@@ -87,8 +87,8 @@ class Ledger(Events):
             write_patiently(self._path.parent, 0, lambda: self._write(data), log.warning)
         except OSError as error:
             raise StorageError(
-                f"{self._path} cannot be written: {error.strerror or error}; nothing of it is "
-                "lost: mend that, then `resume`"
+                f"{self._path} cannot be written: {error.strerror or error}; nothing in it is "
+                "lost: fix that, then `resume`"
             ) from error
         self._size += len(data)
         self.events.append(record)
@@ -97,12 +97,12 @@ class Ledger(Events):
     def _write(self, data: bytes) -> None:
         try:
             if os.write(self._file, data) != len(data):
-                raise OSError(errno.ENOSPC, "the disk took only a part of a line")
+                raise OSError(errno.ENOSPC, "only a part of a line was written")
             os.fsync(self._file)
             if os.fstat(self._file).st_nlink == 0:
                 raise OSError(errno.ENOENT, "it was removed")
         except OSError:
-            os.ftruncate(self._file, self._size)  # or else the next line would follow half a one
+            os.ftruncate(self._file, self._size)  # or the next line would follow half a line
             raise
 
     def close(self) -> None:
@@ -131,7 +131,7 @@ def _read(path: Path) -> bytes:
 
 
 def _parse(content: bytes, path: Path) -> tuple[list[Event], int]:
-    """Return the whole events of `content` and the number of bytes that they take."""
+    """Return the complete events of `content` and their length in bytes."""
     events: list[Event] = []
     good_bytes = 0
     lines = content.split(b"\n")
@@ -145,7 +145,7 @@ def _parse(content: bytes, path: Path) -> tuple[list[Event], int]:
                 )
             break
         if number == len(lines):
-            break  # whole, but without its newline: it was not acknowledged
+            break  # complete, but without its newline: it was not acknowledged
         events.append(event)
         good_bytes += len(line) + 1
     return events, good_bytes

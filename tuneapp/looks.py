@@ -1,6 +1,6 @@
-"""One look at an image: all that `doctor` wants to know of it, so that each file is decoded once.
+"""All that `doctor` needs of one image, so that each file is decoded once.
 
-Light on purpose, as `data.decode` is: the processes that look at files import this module.
+Imports little on purpose, as `data.decode` does: the processes that examine files import it.
 """
 
 from pathlib import Path
@@ -16,11 +16,11 @@ _BLANK = 4  # levels of 256 within which all pixels of an image without anything
 
 
 class Seen(NamedTuple):
-    """What the pixels of an image tell.
+    """What is read from the pixels of an image.
 
     Attributes:
-        sums: the number of pixels; the sum of each channel's values, of 0 to 255; and of their
-            squares: seven whole numbers.
+        sums: the number of pixels; the sum of each channel's values, 0 to 255; and of their
+            squares: seven integers.
         is_blank: whether it is of a single colour.
         fingerprint: what it is recognised by.
     """
@@ -31,13 +31,13 @@ class Seen(NamedTuple):
 
 
 class Look(NamedTuple):
-    """What a file, or an example of a Dataset, turned out to be.
+    """What was read from a file, or an example of a Dataset.
 
     Attributes:
         digest: of its content; empty where there is none.
         cause: why it cannot be read; empty if it can.
-        header: what it says of itself; None if it cannot be read.
-        seen: what its pixels tell; None if it cannot be read.
+        header: its format and size; None if it cannot be read.
+        seen: read from its pixels; None if it cannot be read.
     """
 
     digest: str
@@ -47,7 +47,7 @@ class Look(NamedTuple):
 
 
 def look_at_files(files: list[str]) -> list[Look]:
-    """Return what these files are, in their order; those that cannot be read with their cause."""
+    """Examine these files, in order; unreadable ones have a cause."""
     return [_look_at_file(Path(file)) for file in files]
 
 
@@ -62,13 +62,13 @@ def _look_at_file(file: Path) -> Look:
 
 
 def look_at_object(image: Image.Image) -> Look:
-    """Return what an RGB image is that did not come from a file."""
+    """Examine an RGB image that did not come from a file."""
     header = Header(*image.size, "no file", image.mode, is_turned=False, is_animated=False)
     return Look(digest(image.tobytes()), "", header, see(image))
 
 
 def see(image: Image.Image) -> Seen:
-    """Return what the pixels of an RGB image tell; its sums are exact."""
+    """Read the pixels of an RGB image; its sums are exact."""
     counts = np.array(image.histogram(), dtype=np.int64).reshape(3, 256)
     values = np.arange(256)
     sums = (*(counts @ values).tolist(), *(counts @ values**2).tolist())

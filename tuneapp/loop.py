@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from tuneapp.average import WeightAverage
 from tuneapp.data.batches import Batch
 from tuneapp.errors import DataError, Diverged, TrialError
+from tuneapp.losses import TrainingLoss
 from tuneapp.staged import StagedModel
 
 READ_EVERY = 50
@@ -131,7 +132,7 @@ def _quiet_about_skipped_steps() -> Iterator[None]:
 def train_one_epoch(
     model: StagedModel,
     batches: Iterable[Batch],
-    loss_fn: nn.Module,
+    loss_fn: TrainingLoss,
     optimizer: Optimizer,
     schedule: Steps,
     scaler: GradScaler,
@@ -146,15 +147,15 @@ def train_one_epoch(
     """Train `model` on every batch once, stepping the schedule after each optimizer step.
 
     Args:
-        batches: images, float32 (B, 3, H, W) normalised, and labels, int64 (B,), or the shares of
-            the classes, float (B, classes), on the device.
-        loss_fn: what the model returns, and labels, to their mean loss.
+        batches: images, float32 (B, 3, H, W) normalised, and labels, int64 (B,), or class
+            probabilities, float (B, classes), on the device.
+        loss_fn: the model's outputs, and labels, to their mean loss.
         epoch: from 1; only told in errors.
         average: follows the weights after each step.
         clip_norm: largest total 2-norm of the gradients; None does not clip.
         clip_value: largest absolute value of each number of the gradients; None does not clip.
-        accumulation_steps: parts in which each batch is computed; fewer where they would hold
-            less than two examples.
+        accumulation_steps: parts in which each batch is computed, with the same loss and gradients
+            as in one; fewer where they would hold less than two examples.
 
     Raises:
         Diverged: the loss became NaN or infinite.
@@ -170,10 +171,12 @@ def train_one_epoch(
         # Two examples at least in a part: BatchNorm cannot be trained on one with one pixel left.
         num_parts = max(1, min(accumulation_steps, len(labels) // 2))
         parts = zip(images.tensor_split(num_parts), labels.tensor_split(num_parts), strict=True)
+        whole = loss_fn.normalizer(labels)
         for part, part_labels in parts:
             with precision.autocast():
-                # Each part weighs by its examples, so the sum is the mean over the batch.
-                loss = loss_fn(model(part), part_labels) * (len(part_labels) / len(labels))
+                # Weighted by what its mean was divided by, so the sum is the loss of the batch.
+                weight = loss_fn.normalizer(part_labels) / whole
+                loss = loss_fn(model(part), part_labels) * weight
             scaler.scale(loss).backward()
             batch_loss += loss.detach()
         scaler.unscale_(optimizer)

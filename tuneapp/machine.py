@@ -23,10 +23,10 @@ def share_machine(
     """Return trials at once, and CPU threads and GPUs (or a share of one) for each.
 
     On GPUs: one trial on each, or as many as were asked for sharing them. On CPUs: one core for
-    each, as far as memory and trials go: two on a core each get more done than one on two.
+    each, limited by memory and trials: two trials on a core each do more than one on two.
 
     Raises:
-        ConfigError: the machine cannot give what was asked.
+        ConfigError: the machine does not have what was asked for.
     """
     cores = num_cores()
     gpus = 0 if settings.device == "cpu" else torch.cuda.device_count()

@@ -1,7 +1,7 @@
 """The study as a file that `optuna-dashboard` opens, also while the sweep runs.
 
 A mirror: it is written from the study and never read by a sweep, so it can be deleted at any time
-and is made again from the ledger. What goes wrong with it ends no sweep.
+and is rebuilt from the ledger. An error in it never ends a sweep.
 """
 
 import logging
@@ -17,10 +17,10 @@ log = logging.getLogger(__name__)
 
 
 class StudyMirror:
-    """Writes what a study knows into a journal file of Optuna's, as it comes to know it."""
+    """Writes a study into an Optuna journal file as it grows."""
 
     def __init__(self, file: Path, study_name: str) -> None:
-        """Name what is mirrored; nothing is written yet.
+        """Set what is mirrored; nothing is written yet.
 
         Args:
             file: the journal, which may hold other studies too.
@@ -32,11 +32,11 @@ class StudyMirror:
         self._study_id = -1
 
     def open(self, trials: Sequence[FrozenTrial], direction: StudyDirection) -> None:
-        """Bring the file up to these trials; if it holds others, the study is written anew."""
+        """Bring the file up to these trials; if it holds others, the study is rewritten."""
         self._try(lambda: self._catch_up(trials, direction))
 
     def update(self, trial: FrozenTrial) -> None:
-        """Bring one trial up to date: one that the file has already, or the next one."""
+        """Bring one trial up to date: one that is in the file, or the next one."""
         storage = self._storage
         if storage is not None:
             self._try(lambda: self._write(storage, trial))
@@ -46,18 +46,18 @@ class StudyMirror:
             write()
         except Exception as error:  # whatever it is, the sweep does not depend on this file
             self._storage = None
-            log.warning("%s is not kept any further (%s); the sweep goes on", self._file, error)
+            log.warning("%s is no longer updated (%s); the sweep continues", self._file, error)
 
     def _catch_up(self, trials: Sequence[FrozenTrial], direction: StudyDirection) -> None:
-        # Left by a process that was killed while it wrote. The run is locked: nobody else does.
+        # Left by a process that was killed while it wrote. The run is locked: no other one writes.
         for leftover in self._file.parent.glob(f"{self._file.name}.lock*"):
             leftover.unlink(missing_ok=True)
         if self._file.exists() and not self._file.read_bytes().endswith(b"\n"):
-            self._file.unlink()  # torn by a kill: what is appended would follow half a line
+            self._file.unlink()  # torn by a kill: the next line would follow half a line
         try:
             storage, known = self._open(direction)
         except Exception as error:  # a damaged line, or no journal at all
-            log.info("%s is made anew: %s", self._file, error)
+            log.info("%s is rebuilt: %s", self._file, error)
             self._file.unlink(missing_ok=True)
             storage, known = self._open(direction)
         pairs = zip(known, trials, strict=False)
@@ -96,7 +96,7 @@ class StudyMirror:
 
 
 class _Lock(JournalFileSymlinkLock):
-    """Optuna's, which waits for ever where somebody held it and the journal was removed."""
+    """Optuna's lock, which would wait forever if it was held when the journal was removed."""
 
     def acquire(self) -> bool:
         lock = Path(self._lock_file)

@@ -1,7 +1,7 @@
-"""Networks, losses and schedules of the user's own, by import path: `package.module:name`.
+"""User-defined networks, losses and schedules, by import path: `package.module:name`.
 
-What a search-space file defines itself is found under the file's name (`own_network:build` in
-`own_network.py`), in the text that was executed: a run that goes on uses its copy of the file.
+What a search-space file itself defines is found under the file's name (`own_network:build` in
+`own_network.py`), in the text that was executed: a resumed run uses its copy of the file.
 """
 
 import hashlib
@@ -12,7 +12,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tuneapp.errors import ConfigError, RunError, did_you_mean
+from tuneapp.errors import ConfigError, RunError, did_you_mean, say_cause
+
+_LISTED = 10
+"""How many names of a module a message lists."""
 
 _spaces: dict[str, types.ModuleType] = {}
 _texts: dict[str, tuple[str, Path]] = {}
@@ -22,9 +25,9 @@ def offer(name: str, module: types.ModuleType, text: str, path: Path) -> None:
     """Let `name:...` stand for what `module`, an executed space, defines.
 
     Args:
-        name: the file's, without ending.
+        name: of the file, without its suffix.
         module: the executed text.
-        text: so that another process can execute it, too.
+        text: kept so that another process can execute it, too.
         path: where the file is, or was.
     """
     _spaces[name] = module
@@ -37,7 +40,7 @@ def offered_text(reference: str) -> tuple[str, Path] | None:
 
 
 def import_from(folders: Iterable[str]) -> None:
-    """Let modules in these folders be imported, after everything that could be before."""
+    """Let modules in these folders be imported, after all that could be imported before."""
     sys.path += [folder for folder in folders if folder not in sys.path]
 
 
@@ -46,46 +49,61 @@ def find_own(reference: str, field: str) -> Any:
 
     Args:
         reference: such as `package.module:name`.
-        field: where it was written, for errors.
+        field: in which it was written, for errors.
 
     Raises:
-        ConfigError: there is no such module, it cannot be imported, or has no such name.
+        ConfigError: there is no such module, it cannot be imported, or it has no such function.
     """
     module_name, _, name = reference.partition(":")
     module = _spaces.get(module_name)
     if module is None:
         try:
             module = importlib.import_module(module_name)
-        except (Exception, SystemExit) as error:  # a script, too, that runs when it is imported
-            said = " ".join(str(error).split())  # one line
-            raise ConfigError(
-                f"{field} {reference!r}: cannot import {module_name}: "
-                f"{type(error).__name__}: {said}; it must be importable from here, or lie beside "
-                "the search space"
-            ) from error
+        except (Exception, SystemExit) as error:  # SystemExit: a script that runs on import
+            cause = f"cannot import {module_name}: {say_cause(error)}"
+            missing = error.name if isinstance(error, ModuleNotFoundError) else None
+            if missing is not None and f"{module_name}.".startswith(f"{missing}."):
+                cause = (
+                    f"cannot import {module_name}: no module named {missing!r}; it must be "
+                    "importable from the working directory, or be beside the search space"
+                )
+            raise ConfigError(f"{field} {reference!r}: {cause}") from error
     found = getattr(module, name, None)
     if not callable(found):
-        known = [n for n, value in vars(module).items() if callable(value) and n[:1] != "_"]
-        what = "has no" if found is None else "cannot call its"
-        raise ConfigError(
-            f"{field} {reference!r}: {module_name} {what} {name}{did_you_mean(name, known)}"
-        )
+        raise ConfigError(f"{field} {reference!r}: {_say_lack(module, module_name, name)}")
     return found
 
 
+def _say_lack(module: types.ModuleType, module_name: str, name: str) -> str:
+    """Say that a module has no function `name`, and which ones it has."""
+    if hasattr(module, name):
+        kind = type(getattr(module, name)).__name__
+        article = "an" if kind[0].lower() in "aeiou" else "a"
+        return f"{module_name}.{name} is {article} {kind}, not a function"
+    callables = {n: v for n, v in vars(module).items() if callable(v) and not n.startswith("_")}
+    hint = did_you_mean(name, callables)
+    # What it only imports is not meant, unless it has nothing else.
+    own = [n for n, v in callables.items() if getattr(v, "__module__", None) == module.__name__]
+    known = own or list(callables)
+    if not known:
+        return f"{module_name} has no {name}; it defines no function"
+    more = f" and {len(known) - _LISTED} more" if len(known) > _LISTED else ""
+    return f"{module_name} has no {name}{hint}; it has {', '.join(known[:_LISTED])}{more}"
+
+
 def fingerprints(references: Iterable[str], folders: Iterable[str]) -> dict[str, str]:
-    """Return the files of the user's own code that are in use, with their SHA-256.
+    """Return the files of user-defined code that are in use, with their SHA-256.
 
     Args:
-        references: import paths; a space's own text has no file of its own here.
-        folders: what was imported from these counts too, but not what is installed there.
+        references: import paths; what a space's text defines has no file here.
+        folders: modules imported from these count too, except those that are installed there.
     """
     files = {file for reference in references if (file := _file_of(reference)) is not None}
     places = [Path(folder).resolve() for folder in folders]
     installed = [Path(__file__).parent, *(Path(p).resolve() for p in (sys.prefix, sys.base_prefix))]
     for module in list(sys.modules.values()):
         if any(module is space for space in _spaces.values()):
-            continue  # its text is kept with the run
+            continue  # its text is saved with the run
         named = getattr(module, "__file__", None)
         file = Path(named).resolve() if named else None
         if file is None or file.suffix != ".py" or not file.is_file():
@@ -106,14 +124,14 @@ def _file_of(reference: str) -> Path | None:
 
 
 def require_same_code(code: Mapping[str, str], references: Iterable[str] = ()) -> None:
-    """Check that the user's own code is what it was when the run began.
+    """Check that user-defined code is unchanged since the run began.
 
     Args:
         code: file -> its SHA-256.
         references: import paths that must lead to one of these files.
 
     Raises:
-        RunError: a file is gone, or has changed, or another one of its name is imported.
+        RunError: a file is missing or has changed, or another file of its name is imported.
     """
     for file, sha256 in code.items():
         try:
@@ -129,8 +147,9 @@ def require_same_code(code: Mapping[str, str], references: Iterable[str] = ()) -
         namesakes = [file for file in code if imported and Path(file).name == imported.name]
         if namesakes and str(imported) not in code:
             raise RunError(
-                f"{reference!r} is imported from {imported} here, and was from {namesakes[0]} when "
-                "this run began; go on from the same folder, or rename one of the two"
+                f"{reference!r} is imported from {imported} now, and was imported from "
+                f"{namesakes[0]} when this run began; resume from the same folder, or rename one "
+                "of the two"
             )
 
 

@@ -1,10 +1,11 @@
 """Check everything that can be checked before any compute is spent, and lay out a run.
 
-A sweep and a single run begin here: the space is probed in every branch, models, stages and data
-are looked up, weights are found, images are decoded. Only then is a run directory made.
+A sweep and a single run begin here: models, stages and data are looked up for every branch of the
+space, weights are found, images are decoded. Only then is a run directory made.
 """
 
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from tuneapp.checkpoint import read_best, validated_weights
-from tuneapp.config import RunSettings, TrialConfig, is_reference
+from tuneapp.config import Data, RunSettings, TrialConfig, is_reference
 from tuneapp.data.examples import ImageSet
 from tuneapp.data.findings import Finding, cheap_findings
 from tuneapp.data.making import Watch
@@ -35,7 +36,7 @@ from tuneapp.data.store import (
     require_same_pixels,
 )
 from tuneapp.data.views import check_augment
-from tuneapp.errors import ConfigError, RunError, SpaceError
+from tuneapp.errors import ConfigError, DataError, RunError, SpaceError
 from tuneapp.fit import check_image_size, check_model
 from tuneapp.ledger import read_events
 from tuneapp.losses import check_loss
@@ -51,8 +52,8 @@ from tuneapp.rundir import (
     write_atomically,
     write_record,
 )
-from tuneapp.schedules import check_schedule, check_steps
-from tuneapp.space import Branch, SearchSpace
+from tuneapp.schedules import check_schedule, check_steps, idle_choices
+from tuneapp.space import Branch, SearchSpace, difference
 from tuneapp.staged import StagedModel
 from tuneapp.training import TrialRun
 from tuneapp.weights import (
@@ -69,7 +70,7 @@ Say = Callable[[str], None]
 
 
 def _unwatched(what: str, done: int, total: int) -> None:
-    """Tell nobody."""
+    """Ignore progress."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,7 @@ class Prepared:
 
     Attributes:
         max_epochs: the longest training of any branch.
-        weights: what each choice of weights came to, by `weights_key`.
+        weights: what was found for each choice of weights, by `weights_key`.
         warnings: what the user should know before and after.
         code: files of the user's own networks, losses and schedules, and their SHA-256.
     """
@@ -105,28 +106,28 @@ def prepare(
     Args:
         space: the search space.
         settings: where and how its trials will run.
-        branches: what is to be checked: all of the space's, or the one that is to be trained.
-        say: told what was found.
-        watch: told how far the decoding of the images is.
-        images: of a run that goes on; None reads those of the settings.
+        branches: what to check: all of the space's, or the one that will be trained.
+        say: called with each line about what was found.
+        watch: called with the progress of decoding the images.
+        images: of a run that is resumed; None reads those of the settings.
 
     Raises:
         SpaceError: some branch asks for what does not exist; every such mistake is named.
         DataError: the images cannot be used.
-        WeightsError: weights that must be had cannot be had.
+        WeightsError: required weights are not available.
     """
     configs = [settings.applied_to(branch.config) for branch in branches]
-    _refuse(space, (m for c in configs for m in (*check_model(c), *check_schedule(c))))
-    images = images or read_images(settings.data, settings.seed)
+    _refuse(space, branches, ([*check_model(c), *check_schedule(c)] for c in configs))
+    images = images or _read_images(space, settings)
     for line in data_lines(images):
         say(line)
     _require_metric(settings, images)
-    _refuse(space, (m for c in configs for m in _mistakes_with(c, images)))
+    _refuse(space, branches, (_mistakes_with(c, images) for c in configs))
     wanted = {weights_key(c): c for c in configs}
     found = {key: find_weights(c.model, c.weights) for key, c in wanted.items()}
     _try_weights(configs, images, found, say)
     images, findings = _decode(configs, images, settings, say, watch)
-    _refuse(space, _sampling_mistakes(configs, images, settings))
+    _refuse(space, branches, _sampling_mistakes(configs, images, settings))
     return Prepared(
         space=space,
         settings=settings,
@@ -134,7 +135,11 @@ def prepare(
         weights=found,
         max_epochs=max(c.epochs for c in configs),
         warnings=tuple(
-            dict.fromkeys([f.warning for f in found.values() if f.warning] + _warnings(findings))
+            dict.fromkeys(
+                [f.warning for f in found.values() if f.warning]
+                + _warnings(findings)
+                + idle_choices(configs)
+            )
         ),
         code=fingerprints(
             [reference for c in configs for reference in _references(c)]
@@ -142,6 +147,23 @@ def prepare(
             [str(Path.cwd()), str(space.path.absolute().parent)],
         ),
     )
+
+
+def _read_images(space: SearchSpace, settings: RunSettings) -> ImageSet:
+    """Read the images of the settings; errors name DATA and not a flag where it is from there."""
+    try:
+        return read_images(settings.data, settings.seed)
+    except (DataError, ConfigError) as error:
+        found = re.match(r"--([a-z-]+) ", str(error))
+        field = "source" if found and found[1] == "data" else found and found[1].replace("-", "_")
+        wanted = getattr(space.data, field or "", None)
+        if not found or not wanted or space.data == Data():
+            raise
+        given = getattr(settings.data, str(field))
+        if given not in (wanted, str(Path(wanted).expanduser().absolute())):
+            raise
+        said = str(error)[found.end() :]
+        raise type(error)(f"DATA in {space.path}: {field} {said}") from None
 
 
 def data_lines(images: ImageSet) -> list[str]:
@@ -168,7 +190,7 @@ def _require_metric(settings: RunSettings, images: ImageSet) -> None:
 def _decode(
     configs: list[TrialConfig], images: ImageSet, settings: RunSettings, say: Say, watch: Watch
 ) -> tuple[ImageSet, list[Finding]]:
-    """Decode the images for every preprocessing; return them with what came of each, and is odd."""
+    """Decode the images for every preprocessing; return them with their state, and findings."""
     stores: list[Store] = []
     require_repeatable(images)
     for preprocessing in _preprocessings(configs, images):
@@ -194,31 +216,31 @@ def _decode(
 
 def _sampling_mistakes(
     configs: list[TrialConfig], images: ImageSet, settings: RunSettings
-) -> list[str]:
-    """Return what is wrong with the sampling, now that it is known which images can be read."""
+) -> list[list[str]]:
+    """Return for each configuration what is wrong with its sampling of the readable images."""
     store = open_store(images, _preprocessings(configs, images)[0], settings.store_budget)
     substitute = settings.data.bad_images == "substitute"
     drawn: dict[tuple[str, bool, int | None], int] = {}
     for config in configs:
-        way = (config.sampling, config.replacement, config.num_samples)
+        way = _sampled(config)
         if way not in drawn:
             try:
                 drawn[way] = Shuffled(store, config, settings.seed, substitute).num_examples
             except ConfigError as error:
-                return [str(error)]
-    return [
-        mistake
-        for c in configs
-        for mistake in check_steps(c, drawn[(c.sampling, c.replacement, c.num_samples)])
-    ]
+                return [[str(error)] if _sampled(other) == way else [] for other in configs]
+    return [check_steps(c, drawn[_sampled(c)]) for c in configs]
+
+
+def _sampled(config: TrialConfig) -> tuple[str, bool, int | None]:
+    return config.sampling, config.replacement, config.num_samples
 
 
 def _warnings(findings: Iterable[Finding]) -> list[str]:
-    """Return what the user should know of the data before and after."""
+    """Return what the user should know about the data before and after."""
     return [
         finding.words
         for finding in findings
-        if finding.kind != "unreadable"  # which is told by itself, with its names
+        if finding.kind != "unreadable"  # reported separately, with its names
         and (finding.is_serious or finding.kind in ("not images", "tiny classes"))
     ]
 
@@ -226,7 +248,7 @@ def _warnings(findings: Iterable[Finding]) -> list[str]:
 def _policy(images: ImageSet) -> str:
     if images.data.bad_images == "substitute":
         return "; in training, others of their class take their places"
-    return "; they are left out"
+    return "; they are excluded"
 
 
 def prepare_one(
@@ -242,8 +264,8 @@ def prepare_one(
         space: where the configuration comes from.
         settings: where and how it will run.
         params: a value for each parameter that the space asks for.
-        say: told what was found.
-        watch: told how far the decoding of the images is.
+        say: called with each line about what was found.
+        watch: called with the progress of decoding the images.
 
     Raises:
         TuneappError: as `prepare` does.
@@ -281,7 +303,8 @@ def _mistakes_with(config: TrialConfig, images: ImageSet) -> list[str]:
         size = preprocessing_of(config, images.native_size).crop_size
     except ConfigError as error:
         return [*mistakes, str(error)]
-    return [*mistakes, *check_image_size(config, size), *check_augment(config.augment, size)]
+    mistakes += check_image_size(config, size, len(images.classes))
+    return [*mistakes, *check_augment(config.augment, size)]
 
 
 def _first_fold(images: ImageSet) -> ImageSet:
@@ -291,7 +314,7 @@ def _first_fold(images: ImageSet) -> ImageSet:
 def _try_weights(
     configs: list[TrialConfig], images: ImageSet, found: Mapping[str, Found], say: Say
 ) -> None:
-    """Load each file into each network that is to start from it, and say what fits."""
+    """Load each file into each network that will start from it, and say what fits."""
     tried = set()
     for config in configs:
         size = preprocessing_of(config, images.native_size).crop_size
@@ -304,15 +327,26 @@ def _try_weights(
         say(f"weights   {config.model}: {load_weights(network, config, Path(file))}")
 
 
-def _refuse(space: SearchSpace, mistakes: Iterable[str]) -> None:
-    """Raise all of these mistakes at once, each of them once, if there are any."""
-    found = list(dict.fromkeys(mistakes))
+def _refuse(space: SearchSpace, branches: list[Branch], mistakes: Iterable[list[str]]) -> None:
+    """Raise all mistakes at once, each one once, with the values that lead there.
+
+    Args:
+        space: where they are.
+        branches: all that were checked.
+        mistakes: of each branch.
+    """
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for branch, of_branch in zip(branches, mistakes, strict=True):
+        for mistake in of_branch:
+            found.setdefault(mistake, []).append(branch.params)
     if found:
-        raise SpaceError(f"{space.path}: " + "; ".join(found))
+        everywhere = [branch.params for branch in branches]
+        said = [f"{words}{difference(inside, everywhere)}" for words, inside in found.items()]
+        raise SpaceError(f"{space.path}: " + "; ".join(said))
 
 
 def lay_out(run: RunDir, space: SearchSpace, images: ImageSet, record: RunRecord) -> None:
-    """Write everything into a new run directory but the ledger."""
+    """Write everything except the ledger into a new run directory."""
     write_space(run, space)
     write_split(run.split_file, images)
     write_bad_images(run.bad_images_file, images)
@@ -320,14 +354,14 @@ def lay_out(run: RunDir, space: SearchSpace, images: ImageSet, record: RunRecord
 
 
 def write_space(run: RunDir, space: SearchSpace, number: int = 1) -> None:
-    """Write the copy of a space of the run."""
+    """Write the run's copy of a space."""
     write_atomically(
         run.space_file(number), lambda aside: aside.write_text(space.text, encoding="utf-8")
     )
 
 
 def read_run_space(run: RunDir, record: RunRecord, number: int = 1) -> SearchSpace:
-    """Return a space of a run: the copy, as if it still stood where the file did.
+    """Return a space of a run: the copy, as if it were still at the path of the file.
 
     Args:
         run: the run directory.
@@ -335,7 +369,7 @@ def read_run_space(run: RunDir, record: RunRecord, number: int = 1) -> SearchSpa
         number: which space, from 1; more than 1 after it was refined.
 
     Raises:
-        RunError: the copy belongs to somebody else: it is code, and would run as you.
+        RunError: the copy belongs to another user: it is code, and would run as you.
     """
     file = run.space_file(number)
     require_own(file)
@@ -354,12 +388,12 @@ def read_run_images(run: RunDir, record: RunRecord) -> ImageSet:
 def check_again(
     run: RunDir, record: RunRecord, branches: list[Branch], watch: Watch = _unwatched
 ) -> ImageSet:
-    """Check that the images and weights of a run are still what they were; return the images.
+    """Check that the images and weights of a run have not changed; return the images.
 
     Raises:
         DataError: images have changed, or cannot be decoded.
-        WeightsError: a file of weights has changed, or is gone.
-        RunError: a file of the user's own code has changed, or is gone.
+        WeightsError: a file of weights has changed or is missing.
+        RunError: a file of user-defined code has changed or is missing.
     """
     images = read_run_images(run, record)
     require_unchanged(images)
@@ -389,13 +423,13 @@ def assemble(
         record: of the run.
         trial_id: names the trial's folder.
         params: its sampled values.
-        has_gpu: whether a GPU is given to it.
-        space: number of the space of the run that the values belong to.
+        has_gpu: whether it gets a GPU.
+        space: number of the run's space that the values belong to.
     """
     config = record.settings.applied_to(read_run_space(run, record, space).config(params))
     require_same_code(record.code, _references(config))  # again: it can change while trials run
     found = record.weights.get(weights_key(config))
-    if found is None:  # a choice between the ends of a range, which the probe did not see
+    if found is None:  # it depends on a number between the ends of a range, which were probed
         found = find_weights(config.model, config.weights).as_dict()
     return config, TrialRun(
         settings=record.settings,
@@ -419,11 +453,11 @@ def load_model(run_path: Path, trial_id: str, fold: int | None = None) -> Staged
         trial_id: such as `t0007`.
         fold: of a run with folds, which fold's model, from 1.
 
-    `.network` is torchvision's own module, or yours. It wants images as the trial had them; the
-    classes, in the order of the logits, are in the run's `run.json`.
+    `.network` is torchvision's own module, or yours. It expects images preprocessed as in the
+    trial; the classes, in the order of the logits, are in the run's `run.json`.
 
     Raises:
-        RunError: `run_path` is no run directory.
+        RunError: `run_path` is not a run directory.
         CheckpointError: the trial has no intact checkpoint.
     """
     run, record = open_run(run_path)
@@ -449,26 +483,8 @@ def weights_key(config: TrialConfig) -> str:
     return f"{config.model} {config.weights}"
 
 
-def first_trials(space: SearchSpace, branches: list[Branch]) -> list[dict[str, Any]]:
-    """Return the space's FIRST_TRIALS, checked: known names, allowed values.
-
-    Raises:
-        SpaceError: one of them names a parameter that does not exist, or a value out of range.
-    """
-    known = {name: d for branch in branches for name, d in branch.distributions.items()}
-    for number, params in enumerate(space.first_trials, start=1):
-        try:
-            unknown = [name for name in params if name not in known]
-            if unknown:
-                raise SpaceError(f"{unknown[0]!r} is no parameter; there are {', '.join(known)}")
-            space.complete(params)
-        except (SpaceError, ConfigError) as error:
-            raise SpaceError(f"{space.path}: FIRST_TRIALS, number {number}: {error}") from None
-    return space.first_trials
-
-
 def _references(config: TrialConfig) -> list[str]:
-    """Return the import paths of the user's own objects in a configuration."""
+    """Return the import paths of user-defined objects in a configuration."""
     named = [
         config.model,
         config.augment,

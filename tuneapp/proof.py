@@ -1,25 +1,28 @@
-"""Proof that a trial trains what was asked: what was read back against the configuration.
+"""Proof that a trial trains what was asked; a difference stops the trial.
 
-A difference stops the trial.
+Two things are compared with the configuration: what was read back from the objects that train
+(`applied.py`), before each epoch, and what each epoch was seen to do (`observed.py`). Formulas such
+as the learning rate of a stage are written a second time here, on purpose: compared with the code
+that built the trial, a mistake in that code would agree with itself.
 """
 
 import fnmatch
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from tuneapp import config as c
 from tuneapp.applied import Applied
 from tuneapp.checkpoint import TrainState
-from tuneapp.config import METRIC_MODES, Amp, Optimizer, TrialConfig
+from tuneapp.config import Amp, Optimizer, TrialConfig
 from tuneapp.errors import AppliedValueError
-from tuneapp.loop import EpochMetrics
-from tuneapp.models import count_parameters, freeze_depth_in, stage_lrs
-from tuneapp.schedules import warmup_steps
+from tuneapp.models import count_parameters
 from tuneapp.staged import StagedModel
 
 _SCHEDULE_CLASSES: Mapping[type[c.Schedule], str] = {
@@ -41,6 +44,22 @@ _OPTIMIZER_CLASSES: Mapping[type[Optimizer], str] = {
     c.AdamW: "AdamW",
     c.RmsProp: "RMSprop",
 }
+# What a configuration says of an optimizer, and `require_applied` compares.
+_SAID = ("self", "params", "lr", "weight_decay", "momentum", "nesterov", "betas", "eps", "alpha",
+         "centered")  # fmt: skip
+_NORM_LAYERS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+# Which have no weight decay where norms and biases have none.
+_EMBEDDINGS = ("class_token", "cls_token", "dist_token", "reg_token", "pos_embed", "pos_embedding",
+               "position_embedding", "position_embeddings", "positional_embedding",
+               "absolute_pos_embed", "relative_position_bias_table")  # fmt: skip
+# The transforms of a training image, by torchvision's names.
+_CROP, _FLIP = "RandomResizedCrop(scale=0.35)", "RandomHorizontalFlip"
+_VIEWS: Mapping[str, tuple[str, ...]] = {
+    "none": ("CenterCrop",),
+    "light": ("RandomResizedCrop(scale=0.8)",),
+    "standard": (_CROP, _FLIP),
+    "strong": (_CROP, _FLIP, "TrivialAugmentWide", "RandomErasing"),
+}
 _LOSSES: Mapping[type[c.Loss], str] = {
     c.CrossEntropy: "CrossEntropyLoss",
     c.Focal: "focal",
@@ -58,8 +77,18 @@ def require_applied(
     device: torch.device,
     steps_per_epoch: int,
     epoch: int = 1,
+    class_counts: Sequence[int] = (),
 ) -> None:
     """Compare what is applied with what `config` asks for in `epoch`.
+
+    Args:
+        applied: what was read back.
+        config: what was asked for.
+        model: whose parameters are to be trained.
+        device: where it must be.
+        steps_per_epoch: optimizer steps.
+        epoch: from 1.
+        class_counts: training examples of each class, for balanced class weights.
 
     Raises:
         AppliedValueError: they differ; the message names every difference.
@@ -67,10 +96,11 @@ def require_applied(
     trained = _wanted_trained(config, model, epoch)
     by_stage = {s.name: [p for p in s.parameters() if id(p) in trained] for s in model.stages}
     numbers = sum(p.numel() for p in trained.values())
-    one_dimensional = sum(p.numel() for p in trained.values() if p.ndim <= 1)
+    spared = _wanted_undecayed(model.network)
     decay = config.optimizer.weight_decay
     kind = type(config.loss)
-    undecayed = 0 if config.decay_norms_and_biases else one_dimensional
+    undecayed = sum(p.numel() for key, p in trained.items() if key in spared)
+    undecayed = 0 if config.decay_norms_and_biases else undecayed
     wanted = {
         "optimizer": _OPTIMIZER_CLASSES[type(config.optimizer)],
         "options": _wanted_options(config.optimizer),
@@ -78,17 +108,18 @@ def require_applied(
         "undecayed_parameters": undecayed if decay > 0 else numbers,
         "schedule": _SCHEDULE_CLASSES[type(config.schedule)],
         "schedule_options": _wanted_schedule_options(config, steps_per_epoch),
-        "warmup_steps": warmup_steps(config, steps_per_epoch),
+        "warmup_steps": _wanted_warmup(config, steps_per_epoch),
         "trainable_parameters": numbers,
         "frozen_parameters": count_parameters(model.stages) - numbers,
         "frozen_held": 0,
         "frozen_training": (),
         "loss": config.loss.loss if isinstance(config.loss, c.OwnLoss) else _LOSSES[kind],
-        "loss_options": _wanted_loss_options(config.loss),
+        "loss_options": _wanted_loss_options(config.loss, class_counts),
         "aux_weight": config.aux_weight,
         "ema_decay": config.ema_decay,
         "batch_size": config.batch_size,
         "device": device.type,
+        "mixing": _wanted_mixing(config),
     }
     got = applied.as_dict()
     wrong = [f"{k} is {got[k]!r}, not {v!r}" for k, v in wanted.items() if got[k] != v]
@@ -106,7 +137,9 @@ def require_applied(
         )
     if config.channels_last and not applied.channels_last:
         wrong.append("channels_last is False, not True")
-    lrs = stage_lrs(config, list(by_stage))
+    if config.augment in _VIEWS and applied.view != _VIEWS[config.augment]:
+        wrong.append(f"view is {applied.view}, not {_VIEWS[config.augment]}")
+    lrs = wanted_lrs(config, list(by_stage))
     lrs = {name: lrs[name] for name, parameters in by_stage.items() if parameters}
     if applied.lr.keys() != lrs.keys():
         wrong.append(f"the trained stages are {list(applied.lr)}, not {list(lrs)}")
@@ -116,19 +149,104 @@ def require_applied(
             for stage, lr in lrs.items()
             if not math.isclose(applied.lr[stage], lr, rel_tol=1e-9)
         ]
-    _raise(wrong)
+    raise_if(wrong)
+
+
+def wanted_lrs(config: TrialConfig, names: Sequence[str]) -> dict[str, float]:
+    """Return the peak learning rate that `config` gives each stage, by name, were it trained."""
+    lr, ratio = config.optimizer.lr, config.lr_ratio
+    if isinstance(ratio, Mapping):
+        return {name: lr * ratio[name] for name in names if name in ratio}
+    distances = range(len(names) - 1, -1, -1)
+    lrs = {name: lr * ratio**distance for name, distance in zip(names, distances, strict=True)}
+    return {**lrs, names[-1]: lr * config.head_lr_factor}
+
+
+def _wanted_depth(config: TrialConfig, num_stages: int, epoch: int) -> int:
+    """Return how many stages are frozen in `epoch`, from 1."""
+    depth = config.freeze_depth
+    for at in sorted(config.unfreeze_at):
+        if epoch >= at:
+            depth = config.unfreeze_at[at]
+    return depth if depth >= 0 else num_stages + depth
+
+
+def _wanted_undecayed(network: nn.Module) -> set[int]:
+    """Return the parameters without weight decay, by id: norms, biases, scales, embeddings."""
+    own_list: Any = getattr(network, "no_weight_decay", None)
+    listed = own_list() if callable(own_list) else ()
+    spared = set()
+    for path, module in network.named_modules():
+        for own_name, parameter in module.named_parameters(recurse=False):
+            name = f"{path}.{own_name}" if path else own_name
+            last_two = name.split(".")[-2:]
+            is_vector = sum(size != 1 for size in parameter.shape) < 2
+            if (
+                parameter.ndim < 2
+                or own_name == "bias"
+                or isinstance(module, _NORM_LAYERS)
+                or (is_vector and ("scale" in own_name or "gamma" in own_name))
+                or own_name in _EMBEDDINGS
+                or (own_name == "weight" and last_two[0] in _EMBEDDINGS)
+                or any(fnmatch.fnmatchcase(name, pattern) for pattern in listed)
+            ):
+                spared.add(id(parameter))
+    return spared
+
+
+def _wanted_warmup(config: TrialConfig, steps_per_epoch: int) -> int:
+    """Return the steps of the warm-up: its share of all, rounded up, and never all of them."""
+    steps = config.epochs * steps_per_epoch
+    share = getattr(config.schedule, "warmup_fraction", 0.0)
+    whole = round(share * steps)
+    rounded_up = whole if math.isclose(whole, share * steps) else math.ceil(share * steps)
+    return min(rounded_up, steps - 1)
+
+
+def _wanted_mixing(config: TrialConfig) -> dict[str, float]:
+    alphas = {"MixUp": config.mixup_alpha, "CutMix": config.cutmix_alpha}
+    return {name: alpha for name, alpha in alphas.items() if alpha > 0}
 
 
 def _wanted_trained(config: TrialConfig, model: StagedModel, epoch: int) -> dict[int, Tensor]:
     """Return the parameters that `config` wants trained, whatever the model says of itself."""
+    # What the network's own code fixed when it was built is never trained.
+    free = {n: p for n, p in model.network.named_parameters() if n not in model.fixed_names}
     if config.freeze:
         return {
             id(p): p
-            for name, p in model.network.named_parameters()
+            for name, p in free.items()
             if not any(fnmatch.fnmatchcase(name, pattern) for pattern in config.freeze)
         }
-    depth = freeze_depth_in(config, len(model.stages), epoch)
-    return {id(p): p for stage in model.stages[depth:] for p in stage.parameters()}
+    depth = _wanted_depth(config, len(model.stages), epoch)
+    above = {id(p) for stage in model.stages[depth:] for p in stage.parameters()}
+    return {id(p): p for p in free.values() if id(p) in above}
+
+
+def require_defaults(optimizer: torch.optim.Optimizer) -> None:
+    """Check that whatever a configuration cannot say of an optimizer is torch's own default.
+
+    `maximize`, `amsgrad`, `dampening` and the like; Adam and AdamW alone are fused.
+
+    Raises:
+        AppliedValueError: one is not.
+    """
+    kind = type(optimizer)
+    wanted = {
+        name: parameter.default
+        for name, parameter in inspect.signature(kind.__init__).parameters.items()
+        if name not in _SAID
+    }
+    if issubclass(kind, torch.optim.Adam):
+        wanted |= {"fused": True, "decoupled_weight_decay": kind is torch.optim.AdamW}
+    raise_if(
+        [
+            f"{name} of {group.get('name')} is {group[name]!r}, not {value!r}"
+            for group in optimizer.param_groups
+            for name, value in wanted.items()
+            if name in group and group[name] != value
+        ]
+    )
 
 
 def require_trained(state: TrainState, config: TrialConfig, epoch: int) -> None:
@@ -142,33 +260,25 @@ def require_trained(state: TrainState, config: TrialConfig, epoch: int) -> None:
     held = {id(p) for group in state.optimizer.param_groups for p in group["params"]}
     missing = [names[key] for key in wanted - held]
     extra = [names.get(key, "a stranger") for key in held - wanted]
-    _raise(
+    raise_if(
         [f"{name} is not trained" for name in sorted(missing)[:3]]
         + [f"{name} is trained" for name in sorted(extra)[:3]]
     )
 
 
-def require_batches(metrics: EpochMetrics, config: TrialConfig, examples: int, steps: int) -> None:
-    """Check, after the first epoch, the batches that were really trained on.
-
-    Raises:
-        AppliedValueError: their size or number is not what was asked.
-    """
-    # A single leftover example joins the batch before it.
-    leftover = examples > config.batch_size and examples % config.batch_size == 1
-    wrong = []
-    if metrics.largest_batch != min(config.batch_size, examples) + leftover:
-        wrong.append(f"batch_size is {metrics.largest_batch}, not {config.batch_size}")
-    if metrics.steps != steps:
-        wrong.append(f"an epoch took {metrics.steps} steps, not {steps}")
-    _raise(wrong)
+def _wanted_schedule_options(config: TrialConfig, steps_per_epoch: int) -> dict[str, Any]:
+    options = _wanted_main_options(config, steps_per_epoch)
+    if _wanted_warmup(config, steps_per_epoch) > 0:
+        options["warmup_start"] = 0.01  # of the peak, as `config/schedules.py` says
+    return options
 
 
-def _wanted_schedule_options(  # noqa: C901 - one flat case for each schedule
+def _wanted_main_options(  # noqa: C901 - one flat case for each schedule
     config: TrialConfig, steps_per_epoch: int
 ) -> dict[str, Any]:
     chosen, n = config.schedule, steps_per_epoch
-    rest = config.epochs * n - warmup_steps(config, n)
+    warmup = _wanted_warmup(config, n)
+    rest = config.epochs * n - warmup
     match chosen:
         case c.Step():
             return {"step_size": chosen.every_epochs * n, "gamma": chosen.gamma}
@@ -183,13 +293,24 @@ def _wanted_schedule_options(  # noqa: C901 - one flat case for each schedule
         case c.CosineRestarts():
             return {"T_0": chosen.first_epochs * n, "T_mult": chosen.multiplier, "eta_min": 0.0}
         case c.OneCycle():
-            return {"total_steps": rest}
+            return {
+                "total_steps": rest,
+                "peak_step": float(f"{max(chosen.pct_start * rest, 2) - 1:.9g}"),
+                "div_factor": chosen.div_factor,
+                "final_div_factor": chosen.final_div_factor,
+            }
         case c.Cyclic():
-            return {"total_size": 2 * chosen.up_epochs * n, "mode": chosen.mode, "gamma": 1.0}
+            return {
+                "total_size": 2 * chosen.up_epochs * n,
+                "mode": chosen.mode,
+                "gamma": 1.0,
+                "base_factor": float(f"{chosen.base_factor:.9g}"),
+            }
         case c.Plateau():
             names = ("factor", "patience", "threshold", "cooldown")
             options = {name: getattr(chosen, name) for name in names}
-            return {**options, "mode": METRIC_MODES[chosen.monitor]}
+            mode = "min" if chosen.monitor == "val/loss" else "max"
+            return {**options, "mode": mode, "monitor": chosen.monitor}
         case c.Constant():
             return {"factor": 1.0, "total_iters": 0}
         case c.OwnSchedule():
@@ -211,11 +332,15 @@ def _wanted_options(optimizer: Optimizer) -> dict[str, Any]:
             }
 
 
-def _wanted_loss_options(loss: c.Loss) -> dict[str, Any]:
+def _wanted_loss_options(loss: c.Loss, class_counts: Sequence[int]) -> dict[str, Any]:
     match loss:
         case c.CrossEntropy():
-            weighted = loss.class_weights is not None
-            return {"label_smoothing": loss.label_smoothing, "weighted": weighted}
+            weights = loss.class_weights
+            if weights == "balanced":
+                mean = sum(class_counts) / max(len(class_counts), 1)
+                weights = [mean / count if count else 1.0 for count in class_counts]
+            rounded = None if weights is None else [float(f"{w:.6g}") for w in weights]
+            return {"label_smoothing": loss.label_smoothing, "class_weights": rounded}
         case c.OwnLoss():
             return {}  # they went into an object that is not ours to look into
         case _:
@@ -228,6 +353,7 @@ def _allowed_precisions(amp: Amp, device: torch.device) -> tuple[str, ...]:
     return ({"bf16": "bfloat16", "fp16": "float16", "off": "float32"}[amp],)
 
 
-def _raise(wrong: list[str]) -> None:
+def raise_if(wrong: list[str]) -> None:
+    """Raise an `AppliedValueError` that names every difference, if there is one."""
     if wrong:
         raise AppliedValueError("the trial does not train what was asked: " + "; ".join(wrong))

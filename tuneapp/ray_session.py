@@ -1,4 +1,4 @@
-"""A Ray of our own: started, closed to others, and ended without leaving anything behind."""
+"""A private Ray: started, closed to others, and ended without leaving anything behind."""
 
 import contextlib
 import logging
@@ -23,10 +23,10 @@ from tuneapp.errors import ConfigError, RayDied, TuneappError
 from tuneapp.rundir import RunRecord
 from tuneapp.watchdog import end_ray_processes, first_dead, ray_processes
 
-# Before Ray is imported, which reads them then. Each can be set otherwise from outside, but for
+# Before Ray is imported, which reads them then. The environment can override each, except
 # the token, without which whoever reaches a port of Ray's runs code as this user.
 for _name, _value in {
-    "RAY_AUTH_MODE": "token",  # Ray's own default, said aloud: silences its notice
+    "RAY_AUTH_MODE": "token",  # Ray's own default; setting it silences a notice
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # all of Ray's sockets on 127.0.0.1
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AIR_NEW_OUTPUT": "0",  # Ray's own tables and banners are off: we have ours
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 START_ATTEMPTS = 3
 OBJECT_STORE_BYTES = 128 * 2**20
-"""Ray's shared memory: nothing large goes through it."""
+"""Ray's shared memory: nothing large passes through it."""
 
 GCS = "gcs_server"
 LOOK_EVERY_S = 0.5
@@ -52,7 +52,7 @@ _TOKEN = Path("~/.ray/auth_token").expanduser()
 
 
 def require_token() -> None:
-    """Refuse to start a Ray that lets everybody in who reaches its ports.
+    """Refuse to start a Ray that admits whoever reaches its ports.
 
     Raises:
         ConfigError: RAY_AUTH_MODE says so.
@@ -67,21 +67,21 @@ def require_token() -> None:
 
 @dataclass(frozen=True)
 class OwnRay:
-    """A Ray that runs.
+    """A running Ray.
 
     Attributes:
         scratch: folder for its files.
-        processes: those that it cannot do without, by name.
+        processes: those that it needs, by name.
     """
 
     scratch: Path
     processes: Mapping[str, psutil.Process]
 
     def require_alive(self) -> None:
-        """Check that trials can run; to be asked several times a second.
+        """Check that trials can run; meant to be called several times a second.
 
         Raises:
-            RayDied: they cannot; Ray can be ended, and started anew.
+            RayDied: they cannot; Ray can be ended, and started again.
         """
         dead = first_dead(self.processes)
         if dead is not None:
@@ -90,13 +90,13 @@ class OwnRay:
     def leave_without_gcs(self, is_ending: threading.Event, way_out: str) -> None:
         """End this process as soon as Ray's GCS has ended.
 
-        Without it Ray cannot even be ended: each word to it waits for 60 s, and then ends this
-        process (ray 2.60). The main thread may be in the middle of such a word: so this is for a
-        thread of its own.
+        Without it Ray cannot even be ended: each call to it waits for 60 s, and then ends this
+        process (ray 2.60). The main thread may be inside such a call, so this runs in a separate
+        thread.
 
         Args:
-            is_ending: set when Ray is being ended, as it should be.
-            way_out: told to the user.
+            is_ending: set when Ray is being ended on purpose.
+            way_out: shown to the user.
         """
         gcs = {name: p for name, p in self.processes.items() if name == GCS}
         while first_dead(gcs) is None:
@@ -115,19 +115,19 @@ class OwnRay:
 
 @contextlib.contextmanager
 def own_ray(record: RunRecord, dashboard_host: str | None, way_out: str) -> Iterator[OwnRay]:
-    """Start a Ray of our own, and leave nothing of it.
+    """Start a private Ray, and leave nothing behind.
 
     Args:
         record: says how many trials run at once, and on what.
         dashboard_host: address for Ray's dashboard; None starts none.
-        way_out: told to the user where this process cannot go on.
+        way_out: shown to the user if this process cannot continue.
     """
     require_token()
     for name in ("ray", "ray.tune"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     _remove_leftovers()
     scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH))
-    lock = FileLock(scratch / ".lock")  # dies with this process, and so says that it lives
+    lock = FileLock(scratch / ".lock")  # released when this process ends, so it shows that it lives
     lock.acquire()
     is_ending = threading.Event()
     try:
@@ -174,25 +174,27 @@ def _remove_leftovers() -> None:
 
 
 def _patiently(start: Callable[[], Any]) -> Any:
-    """Start Ray; on a machine so busy that it takes longer than Ray's 30 seconds, again."""
+    """Start Ray; retry on a machine so busy that it takes longer than Ray's 30 seconds."""
     for attempt in range(START_ATTEMPTS):
         try:
             return start()
         except Exception as error:
             if "timed out during startup" not in str(error):
                 raise
-            log.warning("Ray did not start within 30 s (attempt %d)", attempt + 1)
+            again = f": trying again ({attempt + 2} of {START_ATTEMPTS})"
+            is_last = attempt + 1 == START_ATTEMPTS
+            log.warning("Ray did not start within 30 s%s", "" if is_last else again)
             ray.shutdown()
-            end_ray_processes()  # it goes on starting, and slows the next one
+            end_ray_processes()  # it would keep starting, and slow the next attempt
     raise TuneappError("Ray could not start: the machine is too busy; try again when it is less so")
 
 
 @contextlib.contextmanager
 def noted_signals(stop: Callable[[], None]) -> Iterator[list[int]]:
-    """Note SIGINT, SIGTERM and SIGHUP, and hand them to Ray as the one on which it ends tidily.
+    """Record SIGINT, SIGTERM and SIGHUP, and pass them to Ray as the one on which it ends cleanly.
 
-    Ray handles SIGINT itself while it runs trials, but aborts on SIGTERM; SIGUSR1 is its second
-    word for the same. A second Ctrl-C does not wait.
+    Ray handles SIGINT itself while it runs trials, but aborts on SIGTERM; SIGUSR1 does
+    the same as SIGINT. A second Ctrl-C does not wait.
 
     Args:
         stop: called first, so that no new trial begins.

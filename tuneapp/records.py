@@ -1,4 +1,4 @@
-"""Trials as the ledger tells them: what every reader of a run begins with."""
+"""Trials as recorded in the ledger: the basis of every reader of a run."""
 
 import statistics
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ FOLD_SCORE = "fold/"
 """Before the name of the metric: the score of the one fold that a row is about."""
 
 MAX_TWINS = 20
-"""After so many proposals in a row that were all known, a space is taken to be exhausted."""
+"""After this many duplicate proposals in a row, a space counts as exhausted."""
 
 State = Literal["unfinished", "finished", "stopped", "diverged", "failed", "duplicate"]
 Origin = Literal["recipe", "search", "set"]
@@ -30,15 +30,15 @@ class TrialRecord:
         epochs: how many rows it was to report: its epochs, or with folds, its folds.
         rows: metrics of each epoch done; with folds, their means over the folds done.
         applied: what it really trained with in its newest epoch; empty before its first.
-        state: `stopped` is early, by comparison with others; `unfinished` can go on; `duplicate`
-            is not run: an earlier trial is the same.
+        state: `stopped` is early, by comparison with others; `unfinished` can be resumed;
+            `duplicate` is not run: an earlier trial is the same.
         cause: why it did not finish, in a line.
         kind: of a failure, one of `failures.KINDS`; else empty.
-        told: the value that the sampler was told; None where it was told of no value.
+        told: the value that was reported to the sampler; None if there was none.
         config_hash: of its effective configuration; equal ones are duplicates.
         twin: the earlier trial that it is a duplicate of; empty for nearly all.
-        retries: how often it was tried again since its newest epoch.
-        warnings: what its process wants the user to know.
+        retries: how often it was retried since its newest epoch.
+        warnings: its process's messages for the user.
         space: number of the space of the run that proposed it: 1, or more after a `refine`.
         is_history: it lies outside the space as refined, and the search does not know of it.
     """
@@ -63,11 +63,11 @@ class TrialRecord:
     def best(self, settings: RunSettings, up_to: int | None = None) -> dict[str, Any] | None:
         """Return the row of the best epoch, the earliest of equals; None before the first.
 
-        With folds, the newest row: the mean over all folds done, whatever fewer came to.
+        With folds, the newest row: the mean over all folds done, not the best of fewer.
 
         Args:
-            settings: say by which metric.
-            up_to: look at the epochs up to this one only.
+            settings: the metric.
+            up_to: only consider epochs up to this one.
         """
         best: dict[str, Any] | None = None
         for row in self.rows:
@@ -82,7 +82,7 @@ class TrialRecord:
         return best
 
     def apply(self, event: Event) -> None:
-        """Take over what an event says of this trial."""
+        """Apply an event of this trial."""
         match event["event"]:
             case "applied":
                 self.applied = event["applied"]
@@ -109,7 +109,7 @@ def read_records(events: Iterable[Event]) -> dict[str, TrialRecord]:
 
 
 def take(records: dict[str, TrialRecord], event: Event) -> None:
-    """Bring the trials up to date with one event more."""
+    """Apply one more event to the trials."""
     if event["event"] == "proposed":
         records[event["trial"]] = TrialRecord(
             event["trial"],
@@ -133,14 +133,14 @@ def current_space(events: Iterable[Event]) -> int:
 
 
 def trials_wanted(events: Iterable[Event]) -> int:
-    """Return how many trials the run shall have in all."""
+    """Return how many trials the run is to have in total."""
     return next((e["trials"] for e in reversed(list(events)) if e["event"] == "sweep"), 0)
 
 
 def is_exhausted(events: Sequence[Event]) -> bool:
-    """Whether the newest proposals were all the same as earlier trials: the space has no more.
+    """Whether the newest proposals were all duplicates of earlier trials.
 
-    Wishes for more trials, or another space, begin the count anew.
+    `extend` and `refine` restart the count.
     """
     twins = 0
     for event in reversed(events):
@@ -156,14 +156,14 @@ def is_exhausted(events: Sequence[Event]) -> bool:
 
 
 def trials_to_go(records: Iterable[TrialRecord], wanted: int, *, exhausted: bool) -> int:
-    """Return how many trials are to run yet: unfinished ones, and ones not proposed yet.
+    """Return how many trials are still to run: unfinished ones, and ones not proposed yet.
 
-    Duplicates are not run, and count as none.
+    Duplicates are not run and not counted.
 
     Args:
         records: all trials of the run, in the order in which they were proposed.
-        wanted: trials that the run shall have.
-        exhausted: whether the space has no more.
+        wanted: trials that the run is to have.
+        exhausted: whether the space has no further trials.
     """
     records = list(records)
     unfinished = sum(record.state == "unfinished" for record in records)
@@ -177,9 +177,9 @@ def best_record(
 ) -> tuple[TrialRecord, dict[str, Any]] | None:
     """Return the trial with the best epoch of all, the earliest of equals, and that epoch's row.
 
-    Stopped, diverged and failed trials take part with the epochs that they have: a checkpoint of
-    the best epoch is kept for each. With folds, means over different folds are not compared: the
-    trials with the most folds take part.
+    Stopped, diverged and failed trials are included with the epochs that they have: a checkpoint of
+    the best epoch is kept for each. With folds, means over different folds are not compared: only
+    trials with the most folds are included.
     """
     records = list(records)
     if settings.data.folds is not None:

@@ -1,8 +1,8 @@
-"""Room on the disk: how much there is, whether an error came of its lack, and waiting for it.
+"""Room on the disk: how much there is, whether an error was caused by its lack, waiting for it.
 
-What a full disk raises depends on who writes. Python's own files raise an OSError with its errno;
+The error for a full disk depends on the writer. Python's own files raise an OSError with its errno;
 so does `torch.save` into an open file, as the context of a RuntimeError. `torch.save` to a path
-raises a RuntimeError alone, and the cause is lost.
+raises only a RuntimeError, and the cause is lost.
 """
 
 import errno
@@ -18,9 +18,9 @@ _WORDS_OF_TORCH = ("unexpected pos", "iostream error", "PytorchStreamWriter fail
 LARGEST_CHECKPOINT_BYTES = 12 * 10**9
 """Of torchvision's largest classifier: 645 million float32, their average and Adam's moments."""
 MORE_BYTES = 10**6
-"""So much more than at the last failure is worth another attempt."""
+"""With this much more room than at the last failure, another attempt is made."""
 PATIENCE = 12
-"""Pauses after which another attempt is made even so: what others wrote meanwhile may be gone."""
+"""Pauses after which another attempt is made anyway: others may have removed what they wrote."""
 _UNITS = ("B", "KB", "MB", "GB", "TB")
 
 
@@ -35,13 +35,13 @@ def free_bytes(folder: Path) -> int:
 
 
 def is_full(error: BaseException, folder: Path) -> bool:
-    """Whether an error, or one that it came of, says that the disk or a quota is full.
+    """Whether an error, or a cause of it, says that the disk or a quota is full.
 
     Args:
         error: as it was raised.
-        folder: into which was written. An error that does not name its cause counts only where
-            less is free than a checkpoint can need. (Not where nothing is: what a failed write
-            leaves behind has often been removed by now.)
+        folder: into which was written. An error that does not name its cause counts only if less is
+            free than a checkpoint can need. (The disk need not be full any more: the remains of the
+            failed write have often been removed by now.)
     """
     return any(_says_full(each, folder) for each in _chain(error))
 
@@ -55,18 +55,18 @@ def write_patiently(
     pause_s: float = 5.0,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Write, and where there is no room for it, wait until there is, however long that takes.
+    """Write; if there is no room, wait until there is, however long that takes.
 
-    After a failure the next attempt waits for more than was free then: each one fills the disk for
-    a moment, for all who write to it.
+    After a failure, the next attempt waits until more is free than before it: each attempt fills
+    the disk for a moment, for all processes that write to it.
 
     Args:
         folder: into which is written.
         floor: bytes that must be free before an attempt.
         write: may be called several times.
-        say: told in a line that it waits, and in another that it goes on; each once.
-        pause_s: at the least, between two looks at the disk, and between two attempts.
-        sleep: waits so many seconds.
+        say: is called once with a line that it waits, and once with a line that it continues.
+        pause_s: least seconds between two checks of the disk, and between two attempts.
+        sleep: waits for a number of seconds.
     """
     needed, pauses_left, has_waited = floor, 0, False
     while True:
@@ -79,11 +79,11 @@ def write_patiently(
         if not has_waited:
             say(_say_lack(free, floor, folder))
             has_waited = True
-        # Not all at once: trials that failed together would fail together again.
+        # At random times: trials that failed together would fail together again.
         sleep(random.SystemRandom().uniform(pause_s, 1.5 * pause_s))
         pauses_left -= 1
     if has_waited:
-        say(f"disk      {say_bytes(free_bytes(folder))} free on {folder}: going on")
+        say(f"disk      {say_bytes(free_bytes(folder))} free on {folder}: continuing")
 
 
 def say_bytes(count: int) -> str:
@@ -98,7 +98,7 @@ def say_bytes(count: int) -> str:
 
 
 def _attempt(write: Callable[[], None], folder: Path) -> bool:
-    """Write; return whether there was room. Any other error passes."""
+    """Write; return whether there was room. Any other error is raised."""
     try:
         write()
     except Exception as error:
@@ -112,7 +112,7 @@ def _say_lack(free: int, floor: int, folder: Path) -> str:
     there_is = f"disk      {say_bytes(free)} free on {folder}"
     if free < floor:
         return f"{there_is}: waiting for {say_bytes(floor)}"
-    return f"{there_is}, and that is too little, or a quota is used up: waiting for more"
+    return f"{there_is}: too little, or a quota is used up; waiting for more"
 
 
 def _says_full(error: BaseException, folder: Path) -> bool:
@@ -128,7 +128,7 @@ def _says_full(error: BaseException, folder: Path) -> bool:
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """Return an error and all that it came of, each once."""
+    """Return an error and all of its causes, each once."""
     found: list[BaseException] = []
     waiting: list[BaseException | None] = [error]
     while waiting:

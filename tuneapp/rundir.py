@@ -2,18 +2,18 @@
 
     runs/resnet-001/
         ledger.jsonl      the events (ledger.py); the rest can be made again from it
-        run.json          settings, number format of this layout, versions, weights, warnings
-        bad_images.csv    images that cannot be read and files that are none, if there are some
+        run.json          settings, format number of this layout, versions, weights, warnings
+        bad_images.csv    images that cannot be read and files that are no images, if there are any
         space.py          the search space as it was when the run began; a resumed run uses this one
-                          (space-2.py and so on: as it was refined)
+                          (space-2.py and so on: the spaces to which it was refined)
         study.log         Optuna's view of the trials, a mirror for optuna-dashboard
-        frozen/           what trials froze, once for all of their checkpoints, named by its hash
+        frozen/           frozen parts, stored once for all checkpoints, named by their hash
         split.csv         every image: path, class, split, fold, group, weight, its fingerprint
         trials/t0001/     config.json, epochs.csv, log.txt, TensorBoard events, checkpoints/ with
                           their manifest; error.txt of a failed trial
         trials.csv        the table of trials
 
-Files are written aside and renamed, so a reader never sees half of one.
+Files are written under another name and renamed, so a reader never sees half of one.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ import platform
 import re
 import secrets
 import stat
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -36,9 +37,9 @@ from tuneapp.config import Data, RunSettings
 from tuneapp.errors import ConfigError, RunError, RunInUse, StorageError
 
 FORMAT = 2
-"""Of `run.json` and the ledger. 2: several spaces, a budget for checkpoints. 1 is read, too."""
+"""Of `run.json` and the ledger. 2: several spaces, a budget for checkpoints. 1 can be read."""
 KEEP_ALL = 10**9
-"""As `keep_best`: more than a run has trials."""
+"""As `keep_best`: more trials than any run has."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _PACKAGES = (
     "tuneapp",
@@ -90,7 +91,7 @@ class RunDir:
 
     @property
     def frozen(self) -> Path:
-        """What is frozen in the networks of trials; their checkpoints share it."""
+        """The frozen parts of the networks of trials; their checkpoints share them."""
         return self.path / "frozen"
 
     @property
@@ -102,14 +103,14 @@ class RunDir:
         """Return the folder of a trial.
 
         Raises:
-            RunError: the id, or a link, leads out of the run directory; ours never do.
+            RunError: the id, or a link, leads out of the run directory.
         """
         if not _NAME.fullmatch(trial_id):
-            raise RunError(f"{trial_id!r} is no trial id, such as t0001")
+            raise RunError(f"{trial_id!r} is not a trial id such as t0001")
         folder = self.path / "trials" / trial_id
         _refuse_links(folder)
         if folder.is_symlink():
-            raise RunError(f"{folder} is a link, and a run is written into its own folder only")
+            raise RunError(f"{folder} is a link, and a run is written only into its own folder")
         return folder
 
     def lock(self) -> FileLock:
@@ -131,7 +132,7 @@ class RunDir:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """What `run.json` holds.
+    """The content of `run.json`.
 
     Attributes:
         kind: `sweep`, or `train` for a single configuration.
@@ -143,13 +144,13 @@ class RunRecord:
         is_multilabel: whether an image may show several of them.
         weights: for each weights choice of the space, what was found (`weights.Found.as_dict`).
         params: of the one trial of a `train` run.
-        warnings: what the user should know when reading the results.
+        warnings: what the user must know when reading the results.
         cpus_per_trial: CPU threads of each trial.
         gpus_per_trial: GPUs, or the share of one, of each trial.
         concurrent: trials at once.
         time_budget_s: seconds after which the sweep ends; None is no limit.
-        import_from: folders in which the user's own modules are looked for, after all others.
-        code: files of the user's own networks, losses and schedules, and their SHA-256.
+        import_from: folders in which user-defined modules are searched, after all others.
+        code: files of user-defined networks, losses and schedules, with their SHA-256.
         keep_best: how many trials' checkpoints are kept once they have ended.
         disk_budget: bytes that all checkpoints may take; None is no limit.
         min_free: bytes of the disk below which trials wait for room.
@@ -175,8 +176,12 @@ class RunRecord:
     min_free: int = 500 * 10**6
 
 
-def create_run(runs_dir: Path, name: str | None, default_name: str) -> RunDir:
-    """Make a new run directory; without `name` it gets `default_name` and the next number.
+def require_name(runs_dir: Path, name: str | None) -> None:
+    """Check that a run directory of this name can be made, and leave nothing behind.
+
+    Args:
+        runs_dir: as `--runs-dir`; it may not exist yet.
+        name: as `--name`; None takes one that is free.
 
     Raises:
         RunError: the name is taken or is not a plain file name, or the folder cannot be made.
@@ -186,6 +191,36 @@ def create_run(runs_dir: Path, name: str | None, default_name: str) -> RunDir:
             f"--name {name!r} is not allowed: letters, digits, '.', '_' and '-', at most 64, "
             "beginning with a letter or digit"
         )
+    if name is not None and os.path.lexists(runs_dir / name):
+        raise _name_taken(runs_dir / name)
+    place = runs_dir.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    try:
+        Path(tempfile.mkdtemp(prefix=".tuneapp-", dir=place)).rmdir()
+    except OSError as error:
+        raise _no_place(runs_dir, place, error) from None
+
+
+def _no_place(runs_dir: Path, place: Path, error: OSError) -> RunError:
+    said = f"cannot make a run directory in {place}: {error.strerror}"
+    return RunError(f"--runs-dir {runs_dir}: {said}")
+
+
+def _name_taken(path: Path) -> RunError:
+    return RunError(
+        f"--name {path.name!r}: {path} exists; resume it with `python -m tuneapp resume {path}`, "
+        "or choose another name"
+    )
+
+
+def create_run(runs_dir: Path, name: str | None, default_name: str) -> RunDir:
+    """Make a new run directory; without `name` it gets `default_name` and the next number.
+
+    Raises:
+        RunError: the name is taken or is not a plain file name, or the folder cannot be made.
+    """
+    require_name(runs_dir, name)
     names = [name] if name else (f"{default_name}-{number:03d}" for number in range(1, 100_000))
     try:
         runs_dir.mkdir(parents=True, exist_ok=True)
@@ -197,11 +232,8 @@ def create_run(runs_dir: Path, name: str | None, default_name: str) -> RunDir:
                 continue
             return RunDir(path)
     except OSError as error:
-        raise RunError(f"cannot make a run directory in {runs_dir}: {error.strerror}") from None
-    raise RunError(
-        f"{path} exists; go on with it by `python -m tuneapp resume {path}`, or choose another "
-        "--name"
-    )
+        raise _no_place(runs_dir, runs_dir, error) from None
+    raise _name_taken(path)
 
 
 def write_record(run: RunDir, record: RunRecord) -> None:
@@ -215,7 +247,7 @@ def write_record(run: RunDir, record: RunRecord) -> None:
 
 
 def _versions() -> dict[str, str]:
-    """Return what a run depends on; what is not installed is left out."""
+    """Return the versions of Python and of the installed packages that a run depends on."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -227,7 +259,7 @@ def open_run(path: Path) -> tuple[RunDir, RunRecord]:
     """Return the run directory at `path` and its record.
 
     Raises:
-        RunError: it is no run directory, or one of a newer tuneapp.
+        RunError: it is not a run directory, or one of a newer tuneapp.
         StorageError: its record is damaged.
     """
     run = RunDir(path)
@@ -259,34 +291,34 @@ def open_run(path: Path) -> tuple[RunDir, RunRecord]:
         plain["space_paths"] = tuple(plain["space_paths"])
         return run, RunRecord(**plain)
     except (KeyError, TypeError, AttributeError, ConfigError) as error:
-        raise StorageError(f"{run.settings_file} is no record of a run: {error}") from None
+        raise StorageError(f"{run.settings_file} is not a record of a run: {error}") from None
 
 
 def require_own(file: Path) -> None:
-    """Refuse to run code from a run directory that somebody else could have written.
+    """Refuse to run code from a run directory that another user could have written.
 
     Raises:
-        RunError: the file is another user's, or others may write it.
+        RunError: the file belongs to another user, or others may write it.
     """
     status = file.stat()
     if status.st_uid not in (os.geteuid(), 0) or status.st_mode & stat.S_IWOTH:
         raise RunError(
-            f"{file} belongs to another user, or others may write it, and it is code: look "
-            "through it, then make it yours (chown) and yours alone (chmod o-w)"
+            f"{file} is code that belongs to another user, or that others may write: read it, then "
+            "make it yours (chown) and writable only by you (chmod o-w)"
         )
 
 
 def write_json(path: Path, plain: object) -> None:
-    """Write `plain` as indented JSON, whole or not at all."""
+    """Write `plain` as indented JSON, completely or not at all."""
     text = json.dumps(plain, indent=2, allow_nan=False) + "\n"
     write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def cell(value: Any) -> Any:
-    """Keep a text in a table that people open from being run by a spreadsheet as a formula.
+    """Return `value` for a cell of a table, so that no spreadsheet runs a text as a formula.
 
-    A `'` goes before it, and before one that has a `'` there already, so that taking it off gives
-    the text again.
+    Such a text gets a leading `'`, also if it has one already, so that removing one gives the
+    text again.
     """
     starts = ("=", "+", "-", "@", "\t", "\r")
     is_formula = isinstance(value, str) and value.lstrip("'").startswith(starts)
@@ -294,12 +326,12 @@ def cell(value: Any) -> Any:
 
 
 def printable(text: str) -> str:
-    """Return a text with what a terminal would obey, line ends too, as Python writes it."""
+    """Return a text with control characters, including line ends, as Python escapes them."""
     return "".join(c if c.isprintable() or c == "\t" else ascii(c)[1:-1] for c in text)
 
 
 def _refuse_links(folder: Path) -> None:
-    """Refuse what would be written elsewhere: a run that somebody gave us can hold such links.
+    """Refuse links, by which a run directory of another user could let us write elsewhere.
 
     Raises:
         RunError: the folder, which need not exist, holds a link.
@@ -308,13 +340,13 @@ def _refuse_links(folder: Path) -> None:
     for entry in entries:
         if entry.is_symlink():
             raise RunError(
-                f"{entry.path} is a link, and a run is written into its own folder only: put what "
-                "it leads to in its place"
+                f"{entry.path} is a link, and a run is written only into its own folder: replace "
+                "the link by its target"
             )
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, then put it in place: old or new, never half."""
+    """Let `write` fill a file beside `path`, then rename it: old or new, never half."""
     aside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
         write(aside)
@@ -327,7 +359,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable; without this a power cut can undo it."""
+    """Make the rename itself durable; without this, a power failure can undo it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -336,7 +368,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 class log_to:  # noqa: N801 - used as a `with` statement only
-    """Write the log of `tuneapp` to a file, too."""
+    """Also write the log of `tuneapp` to a file."""
 
     def __init__(self, file: Path) -> None:
         self._handler = _LogFile(file, encoding="utf-8", errors="backslashreplace")
@@ -356,7 +388,7 @@ class log_to:  # noqa: N801 - used as a `with` statement only
 
 
 class _LogFile(logging.FileHandler):
-    """A log that the disk may not take: that a training waits for room is told elsewhere, too."""
+    """A log file that tolerates a full disk: a wait for room is also reported elsewhere."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - its name is logging's
-        """Do not print a traceback; lines that were not written come with the next ones."""
+        """Print no traceback; lines that could not be written are written with the next ones."""

@@ -6,10 +6,11 @@ in steps; only a plateau, which looks at a metric, is stepped after each epoch.
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any, assert_never
 
-from torch import optim
+from torch import Tensor, optim
 from torch.optim.lr_scheduler import (
     ConstantLR,
     CosineAnnealingLR,
@@ -28,7 +29,8 @@ from torch.optim.lr_scheduler import (
 )
 
 from tuneapp import config as c
-from tuneapp.config import METRIC_MODES, TrialConfig
+from tuneapp.config import TrialConfig, metric_mode
+from tuneapp.data.sampling import num_batches
 from tuneapp.errors import ConfigError, say_cause
 from tuneapp.own import find_own
 
@@ -43,6 +45,7 @@ class Schedule:
 
     Attributes:
         main: torch's schedule; after the warm-up, where there is one.
+        monitor: the metric that a plateau looks at, or None.
         rise: the linear warm-up, or None.
     """
 
@@ -54,7 +57,7 @@ class Schedule:
         """
         self._steps_per_epoch = steps_per_epoch
         self._steps_done = 0
-        self._monitor = getattr(config.schedule, "monitor", None)
+        self.monitor: str | None = getattr(config.schedule, "monitor", None)
         warmup = warmup_steps(config, steps_per_epoch)
         self.main = _build_main(optimizer, config, steps_per_epoch, warmup)
         # A plateau does not note it by itself; cycles must do so themselves, by another value.
@@ -86,8 +89,8 @@ class Schedule:
     def end_epoch(self, row: Mapping[str, float]) -> None:
         """Tell the metrics of an epoch; only a plateau looks at them, after its warm-up."""
         if isinstance(self.main, ReduceLROnPlateau) and self._steps_done > self.warmup_steps:
-            assert self._monitor is not None
-            self.main.step(row[self._monitor])
+            assert self.monitor is not None
+            self.main.step(row[self.monitor])
 
     def replay(self, history: Sequence[Mapping[str, float]]) -> None:
         """Go on by these epochs at once, without a training."""
@@ -136,11 +139,50 @@ def check_schedule(config: TrialConfig) -> list[str]:
 
 def check_steps(config: TrialConfig, num_examples: int) -> list[str]:
     """Return whether a training on so many examples is too short for the schedule."""
-    full, rest = divmod(num_examples, config.batch_size)
-    steps = config.epochs * (full + (rest > 1 or full == 0))  # a single leftover joins a batch
+    steps = config.epochs * num_batches(num_examples, config.batch_size)
     if isinstance(config.schedule, c.OneCycle) and steps < ONE_CYCLE_STEPS:
         return [_too_short(steps)]
     return []
+
+
+def idle_choices(configs: Iterable[TrialConfig]) -> list[str]:
+    """Return values of schedules that never act because the training ends before, one for a field.
+
+    They are legal: a search may meet them, above all with `--epochs`.
+    """
+    found: dict[tuple[type, str], str] = {}
+    for config in configs:
+        idle = _idle_choice(config)
+        if idle is not None:
+            field, value, consequence = idle
+            kind = type(config.schedule)
+            epochs = "1 epoch" if config.epochs == 1 else f"{config.epochs} epochs"
+            words = f"schedule {kind.__name__}: {field}={value} in {epochs}: {consequence}"
+            found.setdefault((kind, field), words)
+    return list(found.values())
+
+
+def _idle_choice(config: TrialConfig) -> tuple[str, object, str] | None:
+    """Return a field whose value has no effect in this training, the value, and what follows."""
+    schedule, falls = config.schedule, "the learning rate never falls"
+    warmup = getattr(schedule, "warmup_fraction", 0.0) * config.epochs
+    rest = round(config.epochs - warmup, 6)
+    match schedule:
+        case c.Step(every_epochs=every) if every >= rest:
+            return "every_epochs", every, falls
+        case c.MultiStep(milestones=milestones) if milestones[-1] >= rest:
+            late = [milestone for milestone in milestones if milestone >= rest]
+            return "milestones", late, "they lie after the training"
+        case c.CosineRestarts(first_epochs=first) if first > rest:
+            return "first_epochs", first, "the first cosine does not end"
+        case c.Cyclic(up_epochs=up) if up > rest:
+            return "up_epochs", up, "the first rise does not end"
+        # The first epoch sets the best value, `patience + 1` more fail to improve it, and the rate
+        # falls for one after those. Only epochs that end after the warm-up count.
+        case c.Plateau(patience=patience) if math.ceil(rest) < patience + 3:
+            return "patience", patience, falls
+        case _:
+            return None
 
 
 def _too_short(steps: int) -> str:
@@ -180,11 +222,12 @@ def _build_main(  # noqa: C901 - one flat case for each schedule
         case c.Plateau():
             return ReduceLROnPlateau(
                 optimizer,
-                mode=METRIC_MODES[chosen.monitor],
+                mode=metric_mode(chosen.monitor),
                 factor=chosen.factor,
                 patience=chosen.patience,
                 threshold=chosen.threshold,
                 cooldown=chosen.cooldown,
+                min_lr=[chosen.min_factor * group["lr"] for group in optimizer.param_groups],
                 eps=0.0,  # or else the rates of low stages stay where those of high ones fall
             )
         case c.OwnSchedule():
@@ -202,8 +245,8 @@ def _one_cycle(optimizer: optim.Optimizer, chosen: c.OneCycle, total: int) -> On
         optimizer,
         max_lr=[group["lr"] for group in optimizer.param_groups],
         total_steps=total,
-        # Its rise divides by its steps less one.
-        pct_start=chosen.pct_start if chosen.pct_start * total > 1 else 2 / total,
+        # Its peak is at step `pct_start * total_steps - 1`, counted from 0: step 1 at the earliest.
+        pct_start=max(chosen.pct_start * total, 2) / total,
         div_factor=chosen.div_factor,
         final_div_factor=chosen.final_div_factor,
         cycle_momentum=False,
@@ -223,18 +266,28 @@ def _cyclic(optimizer: optim.Optimizer, chosen: c.Cyclic, steps_per_epoch: int) 
 
 
 def _own_factor(chosen: c.OwnSchedule, config: TrialConfig) -> Callable[[int], float]:
-    """Return the user's function of the epoch, which says what is wrong with its answers."""
+    """Return the custom function of the epoch, which says what is wrong with its results."""
     function = find_own(chosen.factor, "schedule")
 
     def factor(epoch: int) -> float:
         call = f"schedule {chosen.factor!r}: in epoch {epoch} it"
         try:
             value = function(epoch, config)
+            number = _number(value)
         except Exception as error:
             raise ConfigError(f"{call} failed: {say_cause(error)}") from error
-        ok = isinstance(value, int | float) and math.isfinite(value) and value >= 0
-        if not ok:
-            raise ConfigError(f"{call} returned {value!r}; it must be a number >= 0")
-        return float(value)
+        if not 0 <= number < math.inf:
+            shown = " ".join(repr(value).split())
+            raise ConfigError(f"{call} returned {shown}; it must be a number >= 0 and finite")
+        return number
 
     return factor
+
+
+def _number(value: object) -> float:
+    """Return a number, of Python, numpy or torch, as a float; NaN for all else."""
+    if isinstance(value, Tensor) and value.dim() == 0:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return math.nan
+    return float(value)

@@ -1,6 +1,6 @@
-"""Trials that answer from a script instead of a sampler: to replay and to probe a space.
+"""Trials that take their values from a script instead of a sampler: to replay and probe a space.
 
-They are Optuna trials to the space's function, and remember what it asked for.
+To the space's function they are Optuna trials; they record what it asks for.
 """
 
 import sys
@@ -22,19 +22,26 @@ Params = Mapping[str, Any]
 def describe(distribution: BaseDistribution) -> str:
     """Return the allowed values in words: `0.1 to 1.0, log`, `0 to 5, whole`, `sgd | adamw`."""
     if isinstance(distribution, CategoricalDistribution):
-        return " | ".join(map(str, distribution.choices))
+        return " | ".join(map(spell, distribution.choices))
     low, high = distribution.low, distribution.high  # type: ignore[attr-defined]
+    if low == high:
+        return spell(low)
     whole = isinstance(distribution, optuna.distributions.IntDistribution)
     log = ", log" if distribution.log else ""  # type: ignore[attr-defined]
     return f"{low:g} to {high:g}{', whole' if whole else ''}{log}"
 
 
-class BadParameter(ValueError):  # noqa: N818 - what the space's file is told, with its line
-    """A parameter cannot be searched as it is asked for."""
+def spell(choice: object) -> str:
+    """Return a choice as `show` and the recipes spell it: `0.2`, and `0` for 0.0."""
+    return f"{choice:g}" if isinstance(choice, float) else str(choice)
+
+
+class BadParameter(ValueError):  # noqa: N818 - it is reported without the name of its class
+    """A parameter cannot be searched as the space asks for it."""
 
 
 class _SuggestOnly(optuna.trial.BaseTrial):
-    """The public `suggest_*` methods over one method of ours, `_value`.
+    """The public `suggest_*` methods on top of a single method, `_value`.
 
     Optuna's FixedTrial would do for a replay, but it only warns of a value out of range.
     """
@@ -46,7 +53,7 @@ class _SuggestOnly(optuna.trial.BaseTrial):
         self.values: dict[str, Any] = {}
 
     def _value(self, name: str, distribution: BaseDistribution) -> Any:
-        """Return the answer to the first question for `name`; each kind of script has its own."""
+        """Return the value of a parameter that is asked for the first time."""
         raise NotImplementedError
 
     def _suggest(self, name: str, distribution: BaseDistribution) -> Any:
@@ -84,7 +91,7 @@ class _SuggestOnly(optuna.trial.BaseTrial):
         _require_choices(name, choices)
         return self._suggest(name, CategoricalDistribution(choices))
 
-    # Optuna's base class wants these too; a search space has no use for them.
+    # Optuna's base class requires these, too; a search space has no use for them.
 
     def suggest_uniform(self, name: str, low: float, high: float) -> float:
         return self.suggest_float(name, low, high)
@@ -126,13 +133,13 @@ class _SuggestOnly(optuna.trial.BaseTrial):
 
 def _require_name(name: object) -> None:
     if not isinstance(name, str) or not name:
-        raise BadParameter(f"a parameter's name must be a text, got {name!r}")
+        raise BadParameter(f"a parameter's name must be a string, got {name!r}")
 
 
 def _require_range(
     name: str, low: float, high: float, step: float | None, log: bool, kind: type
 ) -> None:
-    """Refuse what Optuna would take, and search something else: it cuts, rounds and warns."""
+    """Refuse what Optuna would silently change: it clips, rounds and warns."""
     _require_name(name)
     said = f"parameter {name!r} from {low!r} to {high!r}"
     for number in (low, high, 1 if step is None else step):
@@ -147,7 +154,7 @@ def _require_range(
     if step is None or (log and step == 1):
         return
     if log or step <= 0:
-        wrong = "goes without log=True" if log else "must be above 0"
+        wrong = "cannot be combined with log=True" if log else "must be above 0"
         raise BadParameter(f"{said}: step={step!r} {wrong}")
     if (Decimal(str(high)) - Decimal(str(low))) % Decimal(str(step)):
         raise BadParameter(f"{said}: step={step!r} does not divide the range")
@@ -155,17 +162,19 @@ def _require_range(
 
 def _require_choices(name: str, choices: object) -> None:
     _require_name(name)
-    # A text would be its letters, and a set has another order in each process.
+    # A string would be split into letters, and the order of a set differs between processes.
     listed = list(choices) if isinstance(choices, Reversible) else []
     if isinstance(choices, str) or not listed:
-        raise BadParameter(f"parameter {name!r}: choices must be a list of some, got {choices!r}")
+        raise BadParameter(
+            f"parameter {name!r}: choices must be a list that is not empty, got {choices!r}"
+        )
     for index, choice in enumerate(listed):
         plain = isinstance(choice, str | int | float | bool | None)
         if not plain or (isinstance(choice, float) and not abs(choice) <= sys.float_info.max):
-            # The ledger is JSON, which would give back something else.
+            # The ledger is JSON, which would return something else.
             raise BadParameter(
-                f"parameter {name!r}: choice {choice!r} is not a text, finite number, boolean or "
-                "None; choose a name, and look the value up by it"
+                f"parameter {name!r}: choice {choice!r} is not a string, finite number, boolean or "
+                "None; let the trial choose a name, and look the value up by it"
             )
         same = [other for other in listed[:index] if other == choice]
         if same:  # 1 and True, too: Optuna cannot tell them apart
@@ -173,22 +182,22 @@ def _require_choices(name: str, choices: object) -> None:
 
 
 class ScriptedTrial(_SuggestOnly):
-    """Answers with given values, and refuses what is out of range or (without `fill`) missing."""
+    """Returns given values, refuses those out of range, and records those that are `missing`.
 
-    def __init__(self, params: Params, path: Path, fill: bool) -> None:
+    In place of a missing value the function gets the first choice or the low end, so that
+    everything it asks for is known after one call.
+    """
+
+    def __init__(self, params: Params, path: Path) -> None:
         super().__init__()
         self._params = params
         self._path = path
-        self._fill = fill
+        self.missing: dict[str, BaseDistribution] = {}
 
     def _value(self, name: str, distribution: BaseDistribution) -> Any:
         if name not in self._params:
-            if self._fill:
-                return _end_of(distribution, "low")
-            raise SpaceError(
-                f"{self._path}: no value for {name!r} ({describe(distribution)}); "
-                f"give it, as in --set {name}=..."
-            )
+            self.missing[name] = distribution
+            return _end_of(distribution, "low")
         value = self._params[name]
         try:
             _require_type(value, distribution)
@@ -201,7 +210,7 @@ class ScriptedTrial(_SuggestOnly):
 
 
 def _require_type(value: object, distribution: BaseDistribution) -> None:
-    """Optuna takes the text '0.5' for a number, and True for 1."""
+    """Refuse what Optuna would convert: the string '0.5', and True as 1."""
     if isinstance(distribution, CategoricalDistribution):
         return
     whole = isinstance(distribution, optuna.distributions.IntDistribution)
@@ -210,7 +219,7 @@ def _require_type(value: object, distribution: BaseDistribution) -> None:
 
 
 class Probe(_SuggestOnly):
-    """Takes the wanted choices (else the first ones), and one end of every range."""
+    """Takes the wanted choices (by default the first ones), and one end of every range."""
 
     def __init__(self, wanted: Mapping[str, int], end: Literal["low", "high"]) -> None:
         super().__init__()
@@ -220,7 +229,7 @@ class Probe(_SuggestOnly):
         self.config: TrialConfig | None = None
 
     def choose(self, space: Callable[[optuna.trial.BaseTrial], TrialConfig]) -> dict[str, int]:
-        """Run the space through; return the index of every categorical choice made."""
+        """Call the space; return the index of every categorical choice made."""
         self.config = space(self)
         return self._chosen
 

@@ -1,7 +1,7 @@
-"""Ray Tune's two questions, answered from our study: what to try next, and whether to stop.
+"""Ray Tune's two decisions, made by our study: what to try next, and whether to stop.
 
 `Proposer` is a Ray searcher over `study.Study`, `Stopper` Ray's ASHA over the same study. Neither
-keeps state of its own that could be lost: after a restart both are made again from the ledger.
+keeps state that could be lost: after a restart both are rebuilt from the ledger.
 """
 
 import json
@@ -27,13 +27,13 @@ from tuneapp.watchdog import Watchdog, kernel_memory_kills, why_it_died
 log = logging.getLogger(__name__)
 
 REDUCTION_FACTOR = 3
-"""The better third of the trials goes on at each rung."""
+"""The better third of the trials continues at each rung."""
 GRACE_SHARE = 0.25
 """No trial is stopped in the first quarter of the longest training: warm-ups lie there."""
 
 
 class Driver:
-    """Keeps the study in the driver's process: Ray pickles searchers and schedulers now and then.
+    """Keeps the study in the driver's process: Ray pickles searchers and schedulers at times.
 
     Its copies are never read (a resumed sweep is built from the ledger), so they hold nothing.
     """
@@ -41,7 +41,7 @@ class Driver:
     def __init__(
         self, study: Study, run_dir: str, min_free: int = 0, keeper: Keeper | None = None
     ) -> None:
-        """Take the study of a run, and how many bytes of its disk must be free for trials to begin.
+        """Take a run's study, and how many bytes of its disk must be free for trials to start.
 
         Args:
             study: of the run.
@@ -60,27 +60,27 @@ class Driver:
         self._memory_kills = kernel_memory_kills()
 
     def has_room(self) -> bool:
-        """Whether the disk has room for trials to begin; says so when that changes."""
+        """Whether the disk has room for trials to start; logs when that changes."""
         free = free_bytes(Path(self.run_dir))
         if (free < self._min_free) != self._is_paused:
             self._is_paused = not self._is_paused
             has = f"{say_bytes(free)} free for {self.run_dir}"
             if self._is_paused:
-                self.tidy()  # what could not be removed before may be free to go now
+                self.tidy()  # what could not be removed before may be removable now
                 log.warning("disk      %s: waiting for %s", has, say_bytes(self._min_free))
             else:
-                log.warning("disk      %s: going on", has)
+                log.warning("disk      %s: continuing", has)
         return not self._is_paused
 
     def stop(self) -> None:
-        """Let no further trial begin."""
+        """Start no further trial."""
         self.is_stopping = True
 
     def no_longer_runs(self, ray_id: str) -> None:
-        """Take that a trial runs no longer: its checkpoints may not be needed any more.
+        """Record that a trial has stopped running: its checkpoints may not be needed any more.
 
         Args:
-            ray_id: Ray's own; each attempt at a trial has another one.
+            ray_id: Ray's own id, different for each attempt at a trial.
         """
         self.watchdog.ended(ray_id)
         self.tidy()
@@ -91,7 +91,7 @@ class Driver:
             self._keeper.tidy(self.study.records)
 
     def new_memory_kills(self) -> int:
-        """Return how many processes the kernel ended for want of memory since the last time."""
+        """Return how many processes the kernel ended for lack of memory since the last call."""
         before, self._memory_kills = self._memory_kills, kernel_memory_kills()
         return self._memory_kills - before
 
@@ -107,10 +107,10 @@ class Proposer(Searcher):
         self._driver = driver
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """Return the next assignment; Ray's own trial id plays no part in it.
+        """Return the next assignment; Ray's own trial id is not used.
 
-        None is "not now": the disk is full, or what is left are trials that run, and may have to
-        be run again.
+        None means "not now": the disk is full, or all remaining trials are running, and may have
+        to be run again.
         """
         study = self._driver.study
         if study.remaining == 0 or self._driver.is_stopping:
@@ -130,7 +130,7 @@ class Proposer(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Take that a trial runs no longer, however it ended: the stopper has heard how."""
+        """Record that a trial has stopped running; the stopper knows how it ended."""
         self._driver.no_longer_runs(trial_id)
 
     def save(self, checkpoint_path: str) -> None:
@@ -141,7 +141,7 @@ class Proposer(Searcher):
 
 
 class _Named(NamedTuple):
-    """What ASHA reads of a trial, under our id instead of Ray's."""
+    """The part of a trial that ASHA reads, with our id instead of Ray's."""
 
     trial_id: str
 
@@ -149,8 +149,8 @@ class _Named(NamedTuple):
 class Stopper(AsyncHyperBandScheduler):
     """ASHA over our records: judges a trial by its best epoch so far, never stops a recipe.
 
-    It is also where every result of a trial arrives first, and so where epochs and ends enter the
-    ledger: an epoch is written down before it is judged.
+    Every result of a trial arrives here first, so epochs and ends enter the ledger here: an epoch
+    is recorded before it is judged.
 
     Source: L. Li et al., A System for Massively Parallel Hyperparameter Tuning, MLSys 2020.
     """
@@ -158,13 +158,13 @@ class Stopper(AsyncHyperBandScheduler):
     def __init__(
         self, driver: Driver, max_epochs: int, mode: str, step: Literal["epoch", "fold"] = "epoch"
     ) -> None:
-        """Rebuild the rungs from the epochs in the ledger, and stop what should have been.
+        """Rebuild the rungs from the epochs in the ledger, and stop trials that should have been.
 
         Args:
             driver: the study.
             max_epochs: the longest training of any trial, in what is reported.
             mode: whether a larger or a smaller score is better.
-            step: what is reported: one fold alone says too little to stop a trial by it.
+            step: what is reported: one fold alone is too little evidence to stop a trial.
         """
         super().__init__(
             time_attr="epoch",
@@ -177,10 +177,10 @@ class Stopper(AsyncHyperBandScheduler):
         self._driver = driver
         self._step = step
         self._told_failures: set[str] = set()
-        """Ray's ids of trials that have told why they fail, and are about to raise or return."""
+        """Ray's ids of trials that have reported a failure, and are about to raise or return."""
 
     def replay(self, events: list[Event]) -> None:
-        """Judge the epochs of a ledger again, in their order."""
+        """Judge the epochs of a ledger again, in order."""
         records = self._driver.study.records
         for event in events:
             if event["event"] == "epoch" and not records[event["trial"]].is_history:
@@ -190,7 +190,7 @@ class Stopper(AsyncHyperBandScheduler):
         """Do nothing: a trial enters the rungs with its first epoch."""
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Write the epoch down, and say whether the trial goes on."""
+        """Record the epoch, and decide whether the trial continues."""
         study, trial_id = self._driver.study, trial.config["trial_id"]
         message = json.loads(result[MESSAGE])
         if "began" in message:
@@ -208,7 +208,7 @@ class Stopper(AsyncHyperBandScheduler):
         return str(TrialScheduler.CONTINUE)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Take that the trial's function has returned."""
+        """Record that the trial's function has returned."""
         study, trial_id = self._driver.study, trial.config["trial_id"]
         if trial.trial_id in self._told_failures:
             self._told_failures.remove(trial.trial_id)
@@ -218,7 +218,7 @@ class Stopper(AsyncHyperBandScheduler):
             study.fail(trial_id, Failure("bug", "it returned before its last epoch"))
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """Take that the trial raised (which it has told already), or that its process died."""
+        """Record that the trial raised (which it reported before), or that its process died."""
         trial_id = trial.config["trial_id"]
         stalled = self._driver.watchdog.ended(trial.trial_id)
         if trial.trial_id in self._told_failures:
@@ -230,10 +230,10 @@ class Stopper(AsyncHyperBandScheduler):
         )
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
-        """Do nothing: the rungs keep what a trial has shown."""
+        """Do nothing: the rungs keep a trial's scores."""
 
     def _judge(self, trial_id: str, epoch: int) -> str:
-        """Ask ASHA about a trial at an epoch, and write down a stop."""
+        """Ask ASHA about a trial at an epoch, and record a stop."""
         study, named = self._driver.study, _Named(trial_id)
         record = study.records[trial_id]
         best = record.best(study.settings, up_to=epoch)
@@ -255,7 +255,7 @@ class Stopper(AsyncHyperBandScheduler):
 
 
 def _what_ray_says(trial: Any) -> str:
-    """Return Ray's words on the error of one of its trials; nothing where it left none."""
+    """Return Ray's message on a trial's error; empty if there is none."""
     file = getattr(trial, "error_file", None)
     try:
         return "" if file is None else Path(file).read_text(encoding="utf-8", errors="replace")
@@ -266,20 +266,20 @@ def _what_ray_says(trial: Any) -> str:
 class Until(tune.Stopper):
     """Ends the whole sweep at a deadline, or when every trial fails for the same cause.
 
-    Ray asks it several times a second, so it is also where the sweep looks after its processes.
+    Ray calls it several times a second, so it also watches the sweep's processes.
     """
 
     def __init__(self, driver: Driver, deadline: float | None) -> None:
-        """Take a deadline in seconds of `time.monotonic`; None is none."""
+        """Take a deadline in seconds of `time.monotonic`; None: no deadline."""
         self._driver = driver
         self._deadline = deadline
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Stop no single trial: that is the stopper's work."""
+        """Stop no single trial: the stopper does that."""
         return False
 
     def stop_all(self) -> bool:
-        """Say whether the sweep is over.
+        """Return whether the sweep is over.
 
         Raises:
             RayDied: one of Ray's own processes has ended.

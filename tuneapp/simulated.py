@@ -1,9 +1,9 @@
 """A sweep without training: recorded learning curves, played through the real search and stopper.
 
-What a setting of the search is worth, and whether an interrupted sweep comes to the same end, are
-questions about thousands of trials. Here a trial is a curve that is known beforehand, and the
-machine is a number of slots with a clock of its own; the study, the stopper and the ledger are
-those of a real sweep. So thousands of trials take seconds, and the same call gives the same sweep.
+What a setting of the search is worth, and whether an interrupted sweep ends the same way, are
+questions about thousands of trials. Here a trial is a known curve, and the machine is a number of
+slots with a simulated clock; the study, the stopper and the ledger are those of a real sweep. So
+thousands of trials take seconds, and the same call gives the same sweep.
 """
 
 import bisect
@@ -54,7 +54,7 @@ class Curve:
         seconds: what an epoch takes, by the clock of the simulated machine.
         failure: what happens instead of the epoch after `fails_after`; None is nothing.
         fails_after: epochs done before that.
-        times: how many attempts end so, of a failure that can pass.
+        times: how many attempts end this way, for a transient failure.
     """
 
     values: tuple[float, ...]
@@ -68,11 +68,11 @@ class Curve:
             raise ValueError("a curve without values must end in a failure that does not pass")
 
     def at(self, epoch: int) -> float:
-        """Return the value after so many epochs."""
+        """Return the value after `epoch` epochs."""
         return self.values[min(epoch, len(self.values)) - 1]
 
     def failure_after(self, epochs: int, retries: int) -> Failure | None:
-        """Return what happens after so many epochs; None where the next epoch comes."""
+        """Return the failure after `epochs` epochs; None if the next epoch follows."""
         if self.failure is None or epochs != self.fails_after:
             return None
         has_passed = self.failure.can_pass and retries >= self.times
@@ -89,10 +89,10 @@ class Played:
 
     Attributes:
         settings: the metric by which its trials were judged.
-        ledger: everything that happened; give it to `play` again, and the sweep goes on.
-        study: as it was left; None where it was interrupted.
-        epochs: how many were computed this time.
-        seconds: that went by, by the clock of the simulated machine, this time.
+        ledger: everything that happened; pass it to `play` again to continue the sweep.
+        study: its final state; None if it was interrupted.
+        epochs: how many were computed in this call.
+        seconds: of simulated time, in this call.
     """
 
     settings: RunSettings
@@ -122,10 +122,10 @@ def play(
     ledger: Events | None = None,
     stop_after_events: int | None = None,
 ) -> Played:
-    """Play a sweep to its end, or take up one that was interrupted.
+    """Play a sweep to its end, or continue one that was interrupted.
 
-    With one trial at a time, an interrupted sweep goes on exactly as if nothing had happened. With
-    several, those that ran begin again together, so that what ends first may be another one.
+    With one trial at a time, an interrupted sweep continues exactly as if nothing had happened.
+    With several, those that ran restart together, so another one may end first.
 
     Args:
         space: where trials come from; its recipes come first.
@@ -134,7 +134,7 @@ def play(
         trials: how many in all.
         concurrent: trials at once.
         ledger: of an interrupted sweep, or an empty one; None keeps the events in memory.
-        stop_after_events: interrupt the sweep right after so many events more; None never does.
+        stop_after_events: interrupt the sweep after this many more events; None: never.
     """
     ledger = Events() if ledger is None else ledger
     machine = _Machine(curve_of, concurrent)
@@ -158,13 +158,13 @@ def play(
 def recorded_curves(run_path: Path) -> CurveOf:
     """Return the curves of a run, to ask how its sweep would have gone with another stopper.
 
-    The answer for some values is the curve of the recorded trial that is nearest: parameters that
+    For given values, this is the curve of the nearest recorded trial: parameters that
     differ, or that only one of the two has, count 1, and numbers by how many of the recorded ones
     lie between them (as a share), so that the scale of none of them matters. A trial that was
     stopped is taken to have stayed at its last value. All epochs take one second.
 
     Raises:
-        TuneappError: it is no run directory, or no trial of it has come to anything.
+        TuneappError: it is no run directory, or no trial of it has a result.
     """
     run, record = open_run(run_path)
     records = list(read_records(read_events(run.ledger)).values())
@@ -324,7 +324,7 @@ def _tell(stopper: Stopper, trial_id: str, **message: Any) -> None:
 
 
 def _as_ray(trial_id: str) -> Any:
-    """Return what of one of Ray's trials the stopper looks at."""
+    """Return the part of a Ray trial that the stopper reads."""
     return SimpleNamespace(trial_id=trial_id, config={"trial_id": trial_id})
 
 

@@ -1,14 +1,14 @@
 """One configuration in this process, without Ray: `tuneapp train`.
 
-It leaves a run directory like a sweep's, with one trial in it, so that everything that reads runs
-reads this one, and `resume` goes on with it.
+It writes a run directory like a sweep's, with one trial in it, so that everything that reads runs
+can read this one, and `resume` can continue it.
 """
 
 import errno
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -22,7 +22,7 @@ from tuneapp.ledger import Event, Ledger
 from tuneapp.prepare import assemble, check_again, lay_out, prepare, read_run_space
 from tuneapp.records import Origin
 from tuneapp.room import is_full
-from tuneapp.rundir import RunDir, RunRecord, create_run, log_to, open_run
+from tuneapp.rundir import RunDir, RunRecord, create_run, log_to, open_run, require_name
 from tuneapp.space import SearchSpace
 from tuneapp.study import Study
 
@@ -39,6 +39,7 @@ def start_training(
     begun: Callable[[RunDir, RunRecord], Listen],
     watch: Watch,
     like: tuple[RunDir, RunRecord] | None = None,
+    origin: str = "set",
 ) -> RunDir:
     """Check one configuration, make its run directory, and train it.
 
@@ -47,15 +48,17 @@ def start_training(
         settings: where and how it runs.
         params: a value for each parameter that the space asks for.
         runs_dir: where the run directory is made.
-        name: of the run directory; None takes the space's and a number.
-        say: told what is being prepared.
+        name: of the run directory; None takes the space's name and a number.
+        say: called with each line about what is being prepared.
         begun: called with the new run before it trains; returns the listener to its events.
-        watch: told how far the decoding of the images is.
-        like: a run of these settings, whose split, weights and threads are taken over.
+        watch: called with the progress of decoding the images.
+        like: a run with these settings, whose split, weights and threads are reused.
+        origin: where the parameters come from, such as `resnet-001/t0003`, another run's trial.
 
     Raises:
         TuneappError: something does not fit; nothing was written.
     """
+    require_name(runs_dir, name)
     if like is None:
         prepared = prepare(space, settings, [space.replay(params)], say, watch)
         images = prepared.images
@@ -89,7 +92,9 @@ def start_training(
     try:
         lay_out(run, space, images, record)
         with Ledger(run.ledger) as ledger:
-            study = Study(space, ledger, settings, [(params, "set")], begun(run, record))
+            # The ledger takes any text; `Origin` lists those that the program distinguishes.
+            first = [(params, cast(Origin, origin))]
+            study = Study(space, ledger, settings, first, begun(run, record))
             study.want(1)
             _train(run, record, study)
     finally:
@@ -100,7 +105,7 @@ def start_training(
 def resume_training(
     path: Path, begun: Callable[[RunDir, RunRecord], Listen], watch: Watch
 ) -> RunDir:
-    """Go on with the training in `path` after its last epoch; a finished one is left as it is."""
+    """Resume the training in `path` after its last epoch; a finished one stays as it is."""
     run, record = open_run(path.resolve())
     lock = run.lock()
     try:
@@ -109,7 +114,7 @@ def resume_training(
         with Ledger(run.ledger) as ledger:
             first: list[tuple[Mapping[str, Any], Origin]] = [(record.params, "set")]
             study = Study(space, ledger, record.settings, first, begun(run, record))
-            if study.wanted == 0:  # ended before it had written down that it wants one
+            if study.wanted == 0:  # it ended before this was recorded
                 study.want(1)
             if study.remaining:
                 check_again(run, record, [space.replay(record.params)], watch)
@@ -139,10 +144,10 @@ def _train(run: RunDir, record: RunRecord, study: Study) -> None:
         except Exception as error:
             _require_storage(error, run)
             failure = classify(error, folder)
-            if failure.can_pass:  # nobody tries it again here: it stays unfinished, for `resume`
+            if failure.can_pass:  # nothing retries it here: it stays unfinished, for `resume`
                 raise
             study.end(trial_id, failure.state, failure.cause, failure.kind)
-            if failure.kind == "out of memory":  # torch's words run over many lines
+            if failure.kind == "out of memory":  # torch's message has many lines
                 raise TrialError(f"out of memory: {failure.cause}; {hint(failure.kind)}") from error
             if failure.state == "failed":
                 raise
@@ -150,7 +155,7 @@ def _train(run: RunDir, record: RunRecord, study: Study) -> None:
 
 
 def _require_storage(error: Exception, run: RunDir) -> None:
-    """Tell what is wrong with the disk of a run, where that is why a trial could not go on.
+    """Report a failing disk of the run, if that is why a trial could not continue.
 
     Raises:
         StorageError: it is; the trial stays unfinished, for `resume`.
@@ -161,5 +166,5 @@ def _require_storage(error: Exception, run: RunDir) -> None:
     is_own = Path(file).absolute().is_relative_to(run.path.absolute())
     if is_own and (error.filename is not None or error.errno in (errno.EIO, errno.EROFS)):
         raise StorageError(
-            f"{file} cannot be written: {error.strerror or error}; mend that, then `resume`"
+            f"{file} cannot be written: {error.strerror or error}; fix that, then `resume`"
         ) from None

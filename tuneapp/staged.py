@@ -1,14 +1,15 @@
 """A classifier as stages: named, ordered pieces of a network, from the stem to the head.
 
-`families.py` says what the stages of torchvision's networks are, `timm_models.py` those of timm's;
-a network of one's own says it by its method `stages()`, or else has its top-level children as
-stages. Freezing, learning rates and feature extraction all speak in stages.
+`families.py` declares the stages of torchvision's networks, `timm_models.py` those of timm's; a
+custom network declares its own with a method `stages()`, or else its top-level children are its
+stages. Freezing, learning rates and feature extraction all refer to stages.
 """
 
 import fnmatch
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple, Self
 
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ class Stage:
     """A named piece of a network.
 
     Attributes:
-        name: the family's own word for it, such as `layer3`.
+        name: as the family names it, such as `layer3`.
         module: modules of the network, called one after the other.
     """
 
@@ -37,6 +38,24 @@ class Stage:
     def trained_parameters(self) -> list[nn.Parameter]:
         """Return those of its parameters that are not frozen."""
         return [p for p in self.module.parameters() if p.requires_grad]
+
+
+@dataclass
+class Visit:
+    """A part of a forward pass that is spent in one stage.
+
+    Attributes:
+        stage: name of the stage.
+        begun: the clock when it began.
+        entered_by: the module whose call began it, if that has no parameters: only the end of the
+            pass shows whether it is shared.
+        output: what the last of the stages' modules to return in it returned; None if no tensor.
+    """
+
+    stage: str
+    begun: int
+    entered_by: nn.Module | None = None
+    output: Tensor | None = None
 
 
 class WithAux(NamedTuple):
@@ -55,19 +74,19 @@ class StagedModel(nn.Module):
     """A classifier that is called, frozen and trained stage by stage.
 
     The network itself is `network`, with its own parameter names; the stages are views of its
-    modules. Frozen stages stay in `eval()` mode whatever `train()` is told, so that their BatchNorm
-    statistics stay put.
+    modules. Frozen stages stay in `eval()` mode whatever the argument of `train()`, so that their
+    BatchNorm statistics do not change.
     """
 
     def __init__(self, network: nn.Module, family: Family | None = None) -> None:
-        """Cut `network` into stages.
+        """Divide `network` into stages.
 
         Args:
-            network: a torchvision classifier, or one of the user's own.
-            family: of torchvision's or timm's; None for one of the user's own.
+            network: a classifier of torchvision or timm, or a custom one.
+            family: of torchvision or timm; None for a custom network.
 
         Raises:
-            ConfigError: the stages that the network says are not its parts, each once.
+            ConfigError: the network's stages do not hold each of its parameters exactly once.
         """
         super().__init__()
         self.network = network
@@ -77,14 +96,16 @@ class StagedModel(nn.Module):
             for name, modules in (family.stages if family else _own_stages)(network).items()
         )
         self.is_chain = family is not None and family.is_chain
-        """Whether calling the stages one after the other is the network; not known of one's own."""
-        aux = family.aux if family else {}
-        self._aux_after = {
-            id_of: head
-            for name, after in aux.items()
-            if (head := getattr(network, name)) is not None
-            for id_of in [network.get_submodule(after)]
-        }
+        """Whether calling the stages one after the other is the network; False if unknown."""
+        self._aux_after: dict[nn.Module, nn.Module] = {}
+        for name, path in (family.aux if family else {}).items():
+            head = getattr(network, name)
+            if head is not None:
+                self._aux_after[network.get_submodule(path)] = head
+        self.fixed_names = frozenset(
+            name for name, p in network.named_parameters() if not p.requires_grad
+        )
+        """Parameters that the network itself never trains, such as fixed position embeddings."""
         self.freeze_depth = 0
         self.frozen_batchnorm = "eval"
 
@@ -94,20 +115,21 @@ class StagedModel(nn.Module):
         """Return the logits, float (B, classes), or the outputs of some stages.
 
         Args:
-            x: images, float32 (B, 3, H, W) normalised; or, with `first_stage` k, what the first k
-                stages made of them.
+            x: images, float32 (B, 3, H, W) normalised; or, with `first_stage` k, the output of the
+                first k stages.
             first_stage: index of the stage to begin with; 0 for a network that is no chain.
             stages: names of stages; their outputs are returned as a list in this order, and later
                 stages are not computed (but a network that is no chain runs whole). None returns
                 the logits; while training a network with auxiliary classifiers, with theirs.
 
         Raises:
-            ConfigError: there is no such stage.
+            ConfigError: `stages` is no list of names of stages, or one of them has no output; the
+                network cannot begin with `first_stage`.
         """
+        self._require_beginning(first_stage)
         if stages is not None:
             return self._features(x, first_stage, stages)
         if not self.is_chain:
-            assert first_stage == 0, "a network that is called whole is called from its beginning"
             logits: Tensor = self.network(x)
             return logits
         aux = []
@@ -118,68 +140,125 @@ class StagedModel(nn.Module):
                     aux.append(self._aux_after[module](x))
         return WithAux(x, tuple(aux)) if aux else x
 
+    def _require_beginning(self, first_stage: int) -> None:
+        if first_stage == 0:
+            return
+        if not self.is_chain:
+            raise ConfigError(
+                f"first_stage must be 0, got {first_stage}: this network is called whole, from its "
+                "beginning"
+            )
+        if not 0 < first_stage <= len(self.stages):
+            raise ConfigError(
+                f"first_stage must be 0 to {len(self.stages)}, got {first_stage}; the stages are "
+                f"{', '.join(stage.name for stage in self.stages)}"
+            )
+        if not self.training:
+            return
+        for stage in self.stages[:first_stage]:
+            if self._aux_after.keys() & set(stage.module):
+                raise ConfigError(
+                    f"first_stage {first_stage} leaves out {stage.name!r}, whose output an "
+                    "auxiliary classifier is trained on; begin at or before it, or call eval()"
+                )
+
     def _features(self, x: Tensor, first_stage: int, wanted: Sequence[str]) -> list[Tensor]:
         names = [stage.name for stage in self.stages]
-        unknown = [name for name in wanted if name not in names]
-        if unknown:
-            raise ConfigError(
-                f"stage {unknown[0]!r} is unknown{did_you_mean(unknown[0], names)}; there are "
-                f"{', '.join(names)}"
-            )
-        outputs: dict[str, Tensor] = {}
+        self._require_names(wanted, names)
         if self.is_chain:
-            last = max((names.index(name) for name in wanted), default=-1)
+            for name in wanted:
+                if names.index(name) < first_stage:
+                    raise ConfigError(f"stage {name!r} is before first_stage, so it has no output")
+            last = max(names.index(name) for name in wanted)
+            outputs: dict[str, Tensor] = {}
             for stage in self.stages[first_stage : last + 1]:
                 x = outputs[stage.name] = stage.module(x)
         else:
-            self._watch(x, outputs)
-        missing = [name for name in wanted if name not in outputs]
-        if missing:
-            why = "lies before the first stage" if self.is_chain else "is not called"
-            raise ConfigError(f"stage {missing[0]!r} {why}: it puts out nothing")
+            with self.watching(keep=wanted) as visits:
+                self.network(x)
+            outputs = {v.stage: v.output for v in visits if v.output is not None}
+            for name in wanted:
+                if name not in outputs:
+                    raise ConfigError(f"stage {name!r} is never called, so it has no output")
         return [outputs[name] for name in wanted]
 
-    def _watch(self, x: Tensor, outputs: dict[str, Tensor]) -> None:
-        """Call the whole network, and note what each stage puts out.
+    def _require_names(self, wanted: Sequence[str], names: Sequence[str]) -> None:
+        """Check for a list of names of stages."""
+        known = ", ".join(names)
+        if isinstance(wanted, str):
+            raise ConfigError(f"stages must be a list, such as [{wanted!r}]; there are {known}")
+        if not wanted:
+            raise ConfigError(f"stages is empty: name at least one of {known}, or leave it out")
+        for name in wanted:
+            if name not in names:
+                hint = did_you_mean(str(name), names)
+                raise ConfigError(f"stage {name!r} is unknown{hint}; there are {known}")
 
-        A stage lasts from a call of one of its modules to such a call of another stage. A module
-        without parameters counts once: it may be shared, and called again in later stages.
+    @contextmanager
+    def watching(
+        self, clock: Callable[[], int] = lambda: 0, keep: Collection[str] = ()
+    ) -> Iterator[list[Visit]]:
+        """Record through which stages a call of the whole network passes; read it after the block.
+
+        A stage is entered when one of its modules is called, or returns, that has parameters or is
+        called only once. A module without parameters that is called more often, such as the one
+        ReLU of a network, counts for the stage in which it is called, wherever it is kept. So do
+        functions, but only for the clock: outputs are those of modules that belong to a stage.
+
+        Args:
+            clock: a number that never falls, such as the FLOPs so far.
+            keep: names of stages whose outputs are copied, so that what the network does to them
+                later in place does not change them.
         """
-        current = self.stages[0].name
-        called: set[nn.Module] = set()
-
-        def enter(name: str, module: nn.Module, *args: object) -> None:
-            nonlocal current
-            if module not in called or next(module.parameters(), None) is not None:
-                current = name
-            called.add(module)
-
-        def note(name: str, module: nn.Module, args: object, output: Tensor) -> None:
-            if current == name:
-                outputs[name] = output
-
-        hooks = []
-        for stage in self.stages:
-            for module in stage.module.modules():
-                hooks.append(module.register_forward_pre_hook(partial(enter, stage.name)))
-                hooks.append(module.register_forward_hook(partial(note, stage.name)))
+        follower = _Follower(self.stages, clock, keep)
+        hooks = [m.register_forward_pre_hook(follower.before) for m in follower.modules]
+        hooks += [m.register_forward_hook(follower.after) for m in follower.modules]
         try:
-            self.network(x)
+            yield follower.visits
+        finally:
+            for hook in hooks:
+                hook.remove()
+        follower.finish()
+
+    @contextmanager
+    def noting_calls(self) -> Iterator[list[str]]:
+        """List the stages in the order in which modules with parameters of theirs are first called.
+
+        Not seen is a stage whose parameters the network uses without calling a module that has
+        them, as `F.linear(x, self.head.weight)` does.
+        """
+        called: list[str] = []
+
+        def note(name: str) -> None:
+            if name not in called:
+                called.append(name)
+
+        hooks = [
+            module.register_forward_pre_hook(lambda module, args, name=stage.name: note(name))
+            for stage in self.stages
+            for module in stage.module.modules()
+            if _has_parameters(module)
+        ]
+        try:
+            yield called
         finally:
             for hook in hooks:
                 hook.remove()
 
     def freeze(self, depth: int) -> None:
-        """Freeze the first `depth` stages and train the rest."""
+        """Freeze the first `depth` stages and train the rest, except what is fixed."""
         self.freeze_depth = depth
+        fixed = {id(p) for n, p in self.network.named_parameters() if n in self.fixed_names}
         for index, stage in enumerate(self.stages):
-            stage.module.requires_grad_(index >= depth)
+            for parameter in stage.parameters():
+                parameter.requires_grad_(index >= depth and id(parameter) not in fixed)
         self.train(self.training)
 
     def freeze_matching(self, patterns: Sequence[str]) -> None:
-        """Freeze the parameters whose names match one of `patterns`, and train the rest."""
+        """Freeze the parameters whose names match a pattern; train the rest but what is fixed."""
         for name, parameter in self.network.named_parameters():
-            parameter.requires_grad_(not matches(name, patterns))
+            is_frozen = name in self.fixed_names or matches(name, patterns)
+            parameter.requires_grad_(not is_frozen)
         trained = [bool(stage.trained_parameters()) for stage in self.stages]
         self.freeze_depth = trained.index(True) if True in trained else len(trained)
         self.train(self.training)
@@ -189,24 +268,88 @@ class StagedModel(nn.Module):
         below = self.stages.index(stage) < self.freeze_depth
         return below or bool(stage.parameters() and not stage.trained_parameters())
 
+    def frozen_batchnorms(self) -> list[_BatchNorm]:
+        """Return the BatchNorm layers of frozen stages, and those whose own parameters are frozen.
+
+        Whether they update their statistics is what `frozen_batchnorm` says.
+        """
+        found = []
+        for stage in self.stages:
+            is_frozen = self.is_frozen(stage)
+            for norm in stage.module.modules():
+                if isinstance(norm, _BatchNorm):
+                    own = [p.requires_grad for p in norm.parameters()]
+                    if is_frozen or (own and not any(own)):
+                        found.append(norm)
+        return found
+
     def train(self, mode: bool = True) -> Self:
         """Set the mode of what is trained; what is frozen stays in `eval()`.
 
-        Frozen are whole stages and, elsewhere, BatchNorm layers whose own parameters are. With
-        `frozen_batchnorm` "train", the BatchNorm layers among them take `mode` all the same.
+        Frozen are whole stages and, elsewhere, the `frozen_batchnorms`. With `frozen_batchnorm`
+        "train", all frozen BatchNorm layers take `mode` anyway.
         """
         super().train(mode)
         for stage in self.stages:
-            frozen = self.is_frozen(stage)
-            if frozen:
+            if self.is_frozen(stage):
                 stage.module.eval()
-            for norm in stage.module.modules():
-                if not isinstance(norm, _BatchNorm):
-                    continue
-                own = [p.requires_grad for p in norm.parameters()]
-                if frozen or (own and not any(own)):
-                    norm.train(mode and self.frozen_batchnorm == "train")
+        for norm in self.frozen_batchnorms():
+            norm.train(mode and self.frozen_batchnorm == "train")
         return self
+
+
+class _Follower:
+    """Follows a call of a network from stage to stage, by hooks of the stages' modules."""
+
+    def __init__(
+        self, stages: Sequence[Stage], clock: Callable[[], int], keep: Collection[str]
+    ) -> None:
+        self._clock = clock
+        self._keep = keep
+        self._calls: Counter[nn.Module] = Counter()
+        self._stage_of: dict[nn.Module, str | None] = {}  # None: it is in several
+        for stage in stages:
+            for module in stage.module.modules():
+                self._stage_of[module] = None if module in self._stage_of else stage.name
+        self.modules = list(self._stage_of)
+        self.visits = [Visit(stages[0].name, clock())]
+
+    def before(self, module: nn.Module, args: object) -> None:
+        """Note that a module is called."""
+        self._calls[module] += 1
+        if _has_parameters(module):
+            self._enter(module, None)
+        elif self._calls[module] == 1:
+            self._enter(module, module)
+
+    def after(self, module: nn.Module, args: object, output: object) -> None:
+        """Note what a module returned."""
+        if _has_parameters(module):  # modules of other stages may have been called in it
+            self._enter(module, None)
+        first = output[0] if isinstance(output, tuple | list) and output else output
+        if isinstance(first, Tensor):
+            visit = self.visits[-1]
+            # If a shared module began the visit, it may turn out to be of the stage before it.
+            is_kept = visit.stage in self._keep or (self._keep and visit.entered_by is not None)
+            visit.output = first.clone() if is_kept else first
+
+    def _enter(self, module: nn.Module, entered_by: nn.Module | None) -> None:
+        stage, last = self._stage_of[module], self.visits[-1]
+        is_there = last.stage == stage and last.entered_by is None
+        if stage is not None and not is_there:
+            self.visits.append(Visit(stage, self._clock(), entered_by))
+
+    def finish(self) -> None:
+        """Let visits that a shared module began belong to the stage before them."""
+        before = self.visits[0].stage
+        for visit in self.visits:
+            if visit.entered_by is not None and self._calls[visit.entered_by] > 1:
+                visit.stage = before
+            before = visit.stage
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
@@ -215,35 +358,74 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _own_stages(network: nn.Module) -> dict[str, list[nn.Module]]:
-    """Return the stages of a network of the user's own, in the order of its data.
+    """Return the stages of a custom network, in the order of its data.
 
     `network.stages()` returns a mapping name -> module, or modules in the order in which they are
-    called. Without it, each top-level child is a stage; one without parameters goes with the one
-    before it. Parameters of the network itself, such as a class token, go with the first stage.
+    called. Without it, each top-level child is a stage; one without parameters belongs to the one
+    before it. Parameters of the network itself, such as a class token, belong to the first stage.
     """
+    kind = type(network).__name__
+    if not _has_parameters(network):
+        raise ConfigError(f"{kind} has no parameters: nothing to train")
     own: Any = getattr(network, "stages", None)
-    if callable(own) and not isinstance(own, nn.Module):  # which some have under this name
-        said = {
-            str(name): [modules] if isinstance(modules, nn.Module) else list(modules)
-            for name, modules in own().items()
-        }
-    else:
-        said = _children(network)
-    placed = {id(p) for modules in said.values() for m in modules for p in m.parameters()}
+    # Some networks have a module of this name.
+    is_method = callable(own) and not isinstance(own, nn.Module)
+    declared = _declared(kind, own()) if is_method else _children(network)
+    placed = {id(p) for modules in declared.values() for m in modules for p in m.parameters()}
     loose = [p for p in network.parameters(recurse=False) if id(p) not in placed]
-    if loose and said:
-        first_name = next(iter(said))
-        said = {**said, first_name: [Beside(nn.ParameterList(loose)), *said[first_name]]}
-    held = [id(p) for modules in said.values() for p in nn.Sequential(*modules).parameters()]
-    names = {id(p): name for name, p in network.named_parameters()}
-    left_out = [name for key, name in names.items() if key not in held]
-    if left_out or len(held) != len(set(held)) or not said:
-        which = f"{left_out[0]} is in none" if left_out else "one is in two"
-        raise ConfigError(
-            f"{type(network).__name__}: its stages must hold each of its parameters once, but "
-            f"{which}; give it a method stages() that returns a dict name -> module"
-        )
-    return said
+    if loose and declared:
+        first_name = next(iter(declared))
+        beside = Beside(nn.ParameterList(loose))
+        declared = {**declared, first_name: [beside, *declared[first_name]]}
+    held = Counter(
+        id(p) for modules in declared.values() for p in nn.Sequential(*modules).parameters()
+    )
+    for name, parameter in network.named_parameters():
+        if held[id(parameter)] != 1:
+            raise ConfigError(
+                f"{kind}: every parameter must belong to exactly one stage; {name} belongs to "
+                f"{_holders(parameter, declared)}; give it a method stages() that returns a dict "
+                "name -> module, with what shares weights in one stage"
+            )
+    return declared
+
+
+def _holders(parameter: nn.Parameter, stages: Mapping[str, list[nn.Module]]) -> str:
+    """Return the names of the stages that hold a parameter."""
+    names = [
+        name
+        for name, modules in stages.items()
+        if any(p is parameter for m in modules for p in m.parameters())
+    ]
+    return " and ".join(names) or "none"
+
+
+def _declared(kind: str, stages: object) -> dict[str, list[nn.Module]]:
+    """Return what a network's own `stages()` returned, as a list of modules for each stage."""
+    if isinstance(stages, Mapping):
+        listed = {
+            str(name): list(modules) if isinstance(modules, list | tuple) else [modules]
+            for name, modules in stages.items()
+        }
+        if all(isinstance(m, nn.Module) for modules in listed.values() for m in modules):
+            return listed
+    raise ConfigError(
+        f"{kind}: stages() must return a dict name -> module, or name -> list of modules, got "
+        f"{_say_types(stages)}"
+    )
+
+
+def _say_types(value: object) -> str:
+    """Say what something is, without the many lines that a module prints."""
+    if value is None or isinstance(value, str):
+        return repr(value)[:40]
+    name = type(value).__name__
+    if isinstance(value, Mapping):
+        pairs = [f"{key!r:.40}: {_say_types(inner)}" for key, inner in value.items()]
+        return f"{{{', '.join(pairs)}}}"[:200]
+    if isinstance(value, list | tuple):
+        return f"{name} of {', '.join(map(_say_types, value)) or 'nothing'}"[:200]
+    return name
 
 
 def _children(network: nn.Module) -> dict[str, list[nn.Module]]:
@@ -251,7 +433,7 @@ def _children(network: nn.Module) -> dict[str, list[nn.Module]]:
     stages: dict[str, list[nn.Module]] = {}
     before: list[nn.Module] = []
     for name, child in network.named_children():
-        if next(child.parameters(), None) is not None:
+        if _has_parameters(child):
             stages[name] = [*before, child]
             before = []
         elif stages:

@@ -1,4 +1,4 @@
-"""Optuna's study and the ledger, kept in step: what to try next, and what came of it.
+"""Optuna's study and the ledger, kept in step: what to try next, and its result.
 
 The ledger is written first and is the truth; the study is fed from it, live and after a restart
 alike. This module knows nothing of Ray, so search logic is tested without it.
@@ -34,17 +34,17 @@ from tuneapp.records import (
 from tuneapp.space import SearchSpace
 
 SAME_BUG_LIMIT = 3
-"""When the first so many trials fail for one and the same cause, the sweep stops."""
+"""If this many first trials fail for the same cause, the sweep stops."""
 STARTUP_TRIALS = 8
-"""Ended trials, recipes included, from which TPE begins to model; before, it draws at random.
-Optuna's ten would leave a sweep of sixteen trials with hardly any model at all."""
+"""Ended trials, recipes included, from which TPE begins to model; before, it samples at random.
+Optuna's ten would leave a sweep of sixteen trials with hardly any model."""
 MEMORY = "memory"
-"""Name of the constraint that a trial breaks by running out of memory."""
+"""Name of the constraint that a trial violates by running out of memory."""
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A trial to run: a new one, or an unfinished one that goes on."""
+    """A trial to run: a new one, or an unfinished one to resume."""
 
     trial_id: str
     params: Mapping[str, Any]
@@ -52,7 +52,7 @@ class Proposal:
 
 
 class Study:
-    """Proposes trials, takes their epochs and ends, and remembers all of it in the ledger."""
+    """Proposes trials, takes their epochs and ends, and records all of it in the ledger."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Study:
         mirror: StudyMirror | None = None,
         space_number: int = 1,
     ) -> None:
-        """Take up the study where the ledger left it.
+        """Continue the study from the ledger.
 
         Args:
             space: where trials come from.
@@ -107,7 +107,7 @@ class Study:
 
     @property
     def wanted(self) -> int:
-        """Trials that the run shall have in all."""
+        """Trials that the run is to have in total."""
         return self._wanted
 
     @property
@@ -118,7 +118,7 @@ class Study:
 
     @property
     def common_failure(self) -> str | None:
-        """The cause for which all of the first trials failed since this study was taken up.
+        """The cause for which all of the first trials failed since this study was opened.
 
         Causes are one when their kind and their place in the code are: messages name trials.
         """
@@ -128,12 +128,12 @@ class Study:
         return self._bugs[0] if len(places) == 1 else None
 
     def want(self, trials: int) -> None:
-        """Write down how many trials the run shall have in all."""
+        """Record how many trials the run is to have in total."""
         self._write("sweep", trials=trials)
         self._wanted = trials
 
     def propose(self) -> Proposal | None:
-        """Return the next trial to run; None when there is none now.
+        """Return the next trial to run; None if there is none now.
 
         Until `remaining` is 0 there may be one later: a trial that runs may have to be run again.
         """
@@ -165,7 +165,8 @@ class Study:
             return False
         plain = {k: v for k, v in row.items() if k != "applied"}
         applied = dict(row["applied"])
-        if canonical_json(record.applied) != canonical_json(applied):  # unfreezing changes it
+        # Unfreezing changes it; an older version's checkpoint lacks it.
+        if applied and canonical_json(record.applied) != canonical_json(applied):
             self._write("applied", trial=trial_id, applied=applied)
         self._write("epoch", trial=trial_id, row=plain)
         self._live[trial_id].report(row[self.settings.metric], step=row["epoch"])
@@ -180,7 +181,7 @@ class Study:
         told = self._value_to_tell(record, state)
         self._write("ended", trial=trial_id, state=state, cause=cause, kind=kind, told=told)
         if not record.is_history:
-            # Running out of memory is of each configuration's own making: the search learns of it.
+            # Running out of memory depends on the configuration: the search learns from it.
             is_bug = state == "failed" and kind != "out of memory"
             self._bugs += [cause] if is_bug else []
             self._has_other_ends |= not is_bug
@@ -188,7 +189,7 @@ class Study:
         self._settle_twins(record)
 
     def fail(self, trial_id: str, failure: Failure) -> None:
-        """Take that a trial could not go on: it is tried again where that may help, or ends."""
+        """Record that a trial failed: it is retried if that may help, or ends."""
         record = self.records[trial_id]
         if record.state != "unfinished":
             return
@@ -199,7 +200,7 @@ class Study:
         self.end(trial_id, failure.state, failure.cause, failure.kind)
 
     def put_back(self) -> None:
-        """Take that no trial runs any more: those that have not ended are proposed again, first."""
+        """Record that no trial is running: those that have not ended are proposed again first."""
         self._unfinished = deque(
             Proposal(r.trial_id, r.params, r.space)
             for r in self.records.values()
@@ -207,7 +208,7 @@ class Study:
         )
 
     def complete(self, trial_id: str) -> None:
-        """Take that a trial's function has returned: it finished, if all of its epochs are here."""
+        """Record that a trial's function has returned: it finished if it has all epochs."""
         record = self.records[trial_id]
         if len(record.rows) == record.epochs:
             self.end(trial_id, "finished")
@@ -236,7 +237,7 @@ class Study:
             # With folds, what is reported of a trial is its folds.
             epochs = self.settings.data.folds or config.epochs
             config_hash = self._hash_of(config)
-        except (SpaceError, ConfigError) as error:  # a corner that the probe did not see
+        except (SpaceError, ConfigError) as error:  # a corner case that the probe did not reach
             mistake = str(error)
         twin = "" if mistake else self._twin_of(config_hash)
         self._write(
@@ -260,14 +261,14 @@ class Study:
         return Proposal(trial_id, dict(trial.params), self._space_number)
 
     def _twin_of(self, config_hash: str) -> str:
-        """Return the earlier trial of this configuration whose result need not be had again."""
+        """Return the earlier trial of this configuration whose result can be reused."""
         twin = self._by_hash.get(config_hash, "")
         if not twin or (record := self.records[twin]).state != "failed":
             return twin
         return twin if would_repeat(record.kind) else ""
 
     def _settle_twins(self, record: TrialRecord) -> None:
-        """End the duplicates of a trial that has ended: they are what it is."""
+        """End the duplicates of a trial that has ended, with its result."""
         if record.state == "unfinished":
             return
         for other in self.records.values():
@@ -301,7 +302,7 @@ class Study:
     def _not_known(
         self, first: Sequence[tuple[Mapping[str, Any], Origin]]
     ) -> list[tuple[Mapping[str, Any], Origin]]:
-        """Return what is to be tried first, without what earlier spaces of the run have tried."""
+        """Return the recipes, without those that earlier spaces of the run have tried."""
         known = {
             r.config_hash
             for r in self.records.values()
@@ -330,7 +331,7 @@ class Study:
         return TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
 
     def _take_up(self, record: TrialRecord) -> None:
-        """Put a trial of the ledger into the study as if it had just been told."""
+        """Add a trial of the ledger to the study as if it had just been reported."""
         if record.config_hash and not record.twin:
             self._by_hash[record.config_hash] = record.trial_id
         if record.is_history:
@@ -344,9 +345,9 @@ class Study:
         state, value = _as_optuna(shown)
         try:
             distributions = self._space.covered(record.params).distributions
-        except (SpaceError, ConfigError):  # it failed for that: the study learns nothing from it
+        except (SpaceError, ConfigError):  # so it failed: the study learns nothing from it
             distributions = {}
-        if state is TrialState.PRUNED:  # what Optuna itself gives it: its last value
+        if state is TrialState.PRUNED:  # as Optuna itself does: its last value
             value = shown.rows[-1][self.settings.metric] if shown.rows else None
         self._study.add_trial(
             optuna.trial.create_trial(
@@ -361,7 +362,7 @@ class Study:
         )
 
     def _take_up_unfinished(self, record: TrialRecord) -> None:
-        self._study.sampler = RandomSampler(seed=0)  # every value is given: it draws nothing
+        self._study.sampler = RandomSampler(seed=0)  # every value is given: it samples nothing
         self._study.enqueue_trial(record.params, user_attrs={"trial_id": record.trial_id})
         trial = self._study.ask()
         self._live[record.trial_id] = trial
@@ -369,13 +370,13 @@ class Study:
             self._unfinished.append(Proposal(record.trial_id, record.params, record.space))
         try:
             self._hash_of(self.settings.applied_to(self._space(trial)))
-        except (SpaceError, ConfigError) as error:  # killed before its end was written down
+        except (SpaceError, ConfigError) as error:  # killed before its end was recorded
             self.end(record.trial_id, "failed", str(error), "refused")
         for row in record.rows:
             trial.report(row[self.settings.metric], step=row["epoch"])
 
     def _value_to_tell(self, record: TrialRecord, state: State) -> float | None:
-        """Return what the sampler shall think of a trial.
+        """Return how the sampler is to see a trial.
 
         A finished trial counts by its best epoch, a diverged one as the worst that was seen: a
         failure of the search's own making that it must learn from.
@@ -409,7 +410,7 @@ def _as_optuna(record: TrialRecord) -> tuple[TrialState, float | None]:
     """Return the state and value under which Optuna knows an ended trial."""
     if record.state == "finished":
         return TrialState.COMPLETE, record.told
-    if record.kind == "out of memory":  # with a constraint that it breaks: infeasible
+    if record.kind == "out of memory":  # with a violated constraint: infeasible
         return TrialState.PRUNED, None
     if record.state == "stopped":
         return TrialState.PRUNED if record.rows else TrialState.FAIL, None
@@ -423,7 +424,7 @@ def parameter_importances(
 ) -> dict[str, float]:
     """Return Optuna's PED-ANOVA importances over the trials that have a score.
 
-    Stopped trials count by their best epoch: without them, little is left of a sweep.
+    Stopped trials count by their best epoch: without them, few trials would remain.
 
     Raises:
         SpaceError: fewer than two trials have a score.

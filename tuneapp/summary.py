@@ -1,6 +1,6 @@
 """A run directory as tidy tables: compute first, render elsewhere.
 
-Reads the ledger alone, so any run will do: finished, interrupted, or still running. "Best" is
+Reads only the ledger, so any run works: finished, interrupted, or still running. "Best" is
 always the best epoch of the run's metric.
 """
 
@@ -42,13 +42,13 @@ class Summary:
         run: its directory.
         record: its settings.
         trials: every trial proposed so far, in that order.
-        wanted: trials that the run shall have in all.
-        num_val: validation images, which the scores are shares of.
+        wanted: trials that the run is to have in total.
+        num_val: validation images that the scores are fractions of.
         bad: images that cannot be read, each with its cause.
-        test_results: of each time that the test split was opened: which trial, and its scores on
-            it (a row for each fold's model); no scores where that was interrupted.
+        test_results: for each time that the test split was opened: the trial, and its scores (a
+            row for each fold's model); no scores if that was interrupted.
         space: number of the space that trials come from now; 1 unless the run was refined.
-        is_exhausted: whether the space has no trial that was not run.
+        is_exhausted: whether every trial of the space was run.
     """
 
     run: RunDir
@@ -68,7 +68,7 @@ class Summary:
 
     @property
     def best_recipe(self) -> tuple[TrialRecord, dict[str, Any]] | None:
-        """Likewise, among the recipes."""
+        """The same among the recipes."""
         recipes = [t for t in self.trials if t.origin == "recipe"]
         return best_record(recipes, self.record.settings)
 
@@ -92,7 +92,7 @@ class Summary:
         return sorted(self.trials, key=place)
 
     def standard_error(self, accuracy: float) -> float:
-        """Return how much an accuracy on so many images varies by chance alone (binomial)."""
+        """Return how much an accuracy on `num_val` images varies by chance alone (binomial)."""
         return math.sqrt(accuracy * (1 - accuracy) / self.num_val)
 
 
@@ -100,7 +100,7 @@ def read_summary(path: Path) -> Summary:
     """Read the run directory at `path`.
 
     Raises:
-        RunError: it is none, or is damaged.
+        RunError: it is not a run directory, or it is damaged.
     """
     run, record = open_run(path)
     events = read_events(run.ledger)
@@ -137,7 +137,7 @@ def trials_frame(path: Path) -> pd.DataFrame:
     """Return a row for each trial, best first, indexed by trial id.
 
     Columns: origin, state, cause, epochs (done), best_epoch, the metrics of the best epoch,
-    `params/<name>` (empty where a parameter was not asked for) and `applied/<name>`.
+    `params/<name>` (empty if the trial does not have the parameter) and `applied/<name>`.
     """
     return _trials_frame(read_summary(path))
 
@@ -150,14 +150,14 @@ def epochs_frame(path: Path) -> pd.DataFrame:
 
 
 def write_trials_table(path: Path) -> Path:
-    """Write `trials.csv` into the run directory, and return where; a full disk is waited for.
+    """Write `trials.csv` into the run directory, and return its path; waits while the disk is full.
 
     Raises:
         StorageError: it cannot be written.
     """
     summary = read_summary(path)
     frame = _trials_frame(summary)
-    # Line ends as of the csv module: with others, pandas does not quote a text with these in it.
+    # The csv module's line ends: with others, pandas does not quote text that contains them.
     table = summary.run.trials_table
 
     def write() -> None:
@@ -173,7 +173,7 @@ def write_trials_table(path: Path) -> Path:
 def importances(path: Path) -> pd.Series:
     """Return how much each parameter matters for the score, from 0 to 1, by PED-ANOVA.
 
-    Parameters that only some trials have take part. Needs a dozen trials or so to mean something.
+    Conditional parameters are included. Meaningful from about a dozen trials on.
 
     Source: S. Watanabe et al., PED-ANOVA, IJCAI 2023, as implemented by Optuna.
     """

@@ -1,7 +1,7 @@
 """A sweep: many trials at once under Ray Tune, from a search space to a finished ledger.
 
-Ray places trials on CPUs and GPUs and keeps their processes; what was tried and what came of it is
-in the ledger. `Tuner.restore` is not used: what goes on is a new Tuner over the same ledger.
+Ray places trials on CPUs and GPUs and manages their processes; what was tried, and its result, is
+in the ledger. `Tuner.restore` is not used: a resumed sweep is a new Tuner over the same ledger.
 """
 
 import contextlib
@@ -24,7 +24,6 @@ from tuneapp.mirror import StudyMirror
 from tuneapp.prepare import (
     Prepared,
     check_again,
-    first_trials,
     lay_out,
     prepare,
     read_run_images,
@@ -33,7 +32,7 @@ from tuneapp.prepare import (
 )
 from tuneapp.ray_session import START_ATTEMPTS, noted_signals, own_ray, require_token
 from tuneapp.records import TrialRecord, current_space, read_records
-from tuneapp.rundir import RunDir, RunRecord, create_run, open_run, write_record
+from tuneapp.rundir import RunDir, RunRecord, create_run, open_run, require_name, write_record
 from tuneapp.space import SearchSpace
 from tuneapp.study import Study
 
@@ -51,20 +50,20 @@ Begun = Callable[[RunDir, RunRecord], Listen]
 
 @dataclass(frozen=True, kw_only=True)
 class SweepOptions:
-    """What `sweep` is asked besides the space and the settings.
+    """The options of `sweep` besides the space and the settings.
 
     Attributes:
         trials: how many in all, recipes included.
         runs_dir: where run directories are made.
-        name: of the run directory; None takes the space's and a number.
-        concurrent: trials at once; None is as many as the machine has room for.
+        name: of the run directory; None takes the space's name and a number.
+        concurrent: trials at once; None means as many as the machine has room for.
         cpus_per_trial: CPU threads of each; None shares all.
         gpus_per_trial: 1, or a share of a GPU; None shares all.
-        time_budget_s: seconds after which the sweep ends; None is no limit.
+        time_budget_s: seconds after which the sweep ends; None means no limit.
         dashboard_host: address for Ray's dashboard; None starts none.
         keep_best: how many trials' checkpoints are kept once they have ended.
-        disk_budget: bytes that all checkpoints may take; None is no limit.
-        min_free: bytes of the disk below which the sweep pauses.
+        disk_budget: bytes that all checkpoints may take; None means no limit.
+        min_free: free bytes on the disk below which the sweep pauses.
     """
 
     trials: int
@@ -82,13 +81,13 @@ class SweepOptions:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a sweep, or a part of one, came to its end.
+    """How a sweep, or a part of one, ended.
 
     Attributes:
         run: its directory.
         interrupted_by: the signal that ended it early, if one did.
         out_of_time: whether its time budget ended it early.
-        common_failure: the cause for which all of the first trials failed, if they did.
+        common_failure: why all of the first trials failed, if they did.
         remaining: trials still to run.
     """
 
@@ -113,16 +112,17 @@ def start_sweep(
         space: what to search.
         settings: where and how every trial runs.
         options: how many trials, where, for how long.
-        say: told what is being prepared.
+        say: called with each line about what is being prepared.
         begun: called with the new run before its first trial; returns the listener to its events.
-        watch: told how far the decoding of the images is.
+        watch: called with the progress of decoding the images.
 
     Raises:
         TuneappError: something does not fit; nothing was written.
     """
     require_token()
     branches = space.branches()
-    first_trials(space, branches)
+    space.check_recipes(branches)
+    require_name(options.runs_dir, options.name)
     slots, cpus, gpus = share_machine(
         settings,
         options.trials,
@@ -169,19 +169,19 @@ def resume_sweep(
     dashboard_host: str | None = None,
     more: int = 0,
 ) -> Outcome:
-    """Go on with the sweep in `path`: unfinished trials from their last epoch, then the rest.
+    """Resume the sweep in `path`: unfinished trials from their last epoch, then the rest.
 
-    The space is the copy in the run directory. The time budget starts anew.
+    The space is the copy in the run directory. The time budget starts again.
 
     Args:
         path: the run directory.
         begun: called with the run; returns the listener to its events.
-        watch: told how far the decoding of the images is.
+        watch: called with the progress of decoding the images.
         dashboard_host: address for Ray's dashboard; None starts none.
-        more: trials that the run shall have beyond those that it was to have.
+        more: trials to run in addition to those planned so far.
 
     Raises:
-        TuneappError: it is no run directory, is in use, or its images have changed.
+        TuneappError: it is not a run directory, is in use, or its images have changed.
     """
     require_token()
     with _taken_up(path) as (run, record), Ledger(run.ledger) as ledger:
@@ -206,18 +206,18 @@ def refine_sweep(
     watch: Watch,
     dashboard_host: str | None = None,
 ) -> Outcome:
-    """Go on with the sweep in `path` in a changed space, on the same images and split.
+    """Continue the sweep in `path` in a changed space, on the same images and split.
 
-    What was tried so far and would be the same trial in the new space teaches the search; the rest
-    stays in the run as its history.
+    Earlier trials that would be the same in the new space inform the search; the others stay in
+    the run as its history.
 
     Args:
         path: the run directory.
-        space: as changed.
-        more: trials that the run shall have beyond those that it was to have.
-        say: told what is being prepared.
+        space: the changed one.
+        more: trials to run in addition to those planned so far.
+        say: called with each line about what is being prepared.
         begun: called with the run; returns the listener to its events.
-        watch: told how far the decoding of the images is.
+        watch: called with the progress of decoding the images.
         dashboard_host: address for Ray's dashboard; None starts none.
 
     Raises:
@@ -226,13 +226,13 @@ def refine_sweep(
     require_token()
     with _taken_up(path) as (run, before):
         branches = space.branches()
-        first_trials(space, branches)
+        space.check_recipes(branches)
         number = current_space(read_events(run.ledger))
         before_space = read_run_space(run, before, number)
         if space.data not in (before_space.data, type(space.data)()):
             raise ConfigError(
-                f"{space.path}: DATA is {space.data.source!r}, and {run.path} is about "
-                f"{before.settings.data.source!r}; other images are another sweep"
+                f"{space.path}: DATA is {space.data.source!r}, but {run.path} uses "
+                f"{before.settings.data.source!r}; start a new sweep for other images"
             )
         check_again(run, before, before_space.branches(), watch)
         images = read_run_images(run, before)
@@ -247,7 +247,7 @@ def refine_sweep(
             )
             write_space(run, space, number + 1)
             write_record(run, record)
-            ledger.append("refined", space=number + 1, history=history)  # from here on it is so
+            ledger.append("refined", space=number + 1, history=history)  # takes effect here
             study = _open_study(run, record, space, ledger, begun)
             study.want(study.wanted + more)
             return _drive(run, record, space, study, ledger, dashboard_host)
@@ -256,10 +256,10 @@ def refine_sweep(
 def outside(
     run: RunDir, record: RunRecord, space: SearchSpace, records: dict[str, TrialRecord]
 ) -> list[str]:
-    """Return which trials of a run would not be the same ones in another space.
+    """Return which trials of a run would not be the same in another space.
 
-    They lack a value that it asks for, have one that it does not allow, or come to another
-    configuration: one that was constant may have changed.
+    They lack a value that it asks for, have one that it does not allow, or get another
+    configuration: a constant in the space may have changed.
     """
     settings = record.settings
     spaces = {n: read_run_space(run, record, n) for n in {r.space for r in records.values()}}
@@ -277,11 +277,11 @@ def outside(
 
 
 def _refined(before: RunRecord, number: int, space: SearchSpace, prepared: Prepared) -> RunRecord:
-    """Return the record of a run that goes on from space `number` in another one."""
+    """Return the record of a run that continues from space `number` in another one."""
     found = {key: found.as_dict() for key, found in prepared.weights.items()}
     return replace(
         before,
-        # One more may be there already: of a refinement that was killed before it counted.
+        # There may be one more already, of a refinement that was killed before it took effect.
         space_paths=(*before.space_paths[:number], str(space.path.absolute())),
         weights={**found, **before.weights},
         code={**before.code, **prepared.code},
@@ -292,13 +292,13 @@ def _refined(before: RunRecord, number: int, space: SearchSpace, prepared: Prepa
 
 @contextlib.contextmanager
 def _taken_up(path: Path) -> Iterator[tuple[RunDir, RunRecord]]:
-    """Open a sweep's directory and keep all others out of it."""
+    """Open and lock a sweep's directory."""
     run, record = open_run(path.resolve())
     if record.kind != "sweep":
-        raise RunError(f"{path} is a single training and no sweep; `resume` goes on with it")
+        raise RunError(f"{path} is a single training, not a sweep; `resume` continues it")
     lock = run.lock()
     try:
-        # Again: it may have been refined by whoever had the lock.
+        # Again: the previous owner of the lock may have refined it.
         yield open_run(run.path)
     finally:
         lock.release()
@@ -307,14 +307,13 @@ def _taken_up(path: Path) -> Iterator[tuple[RunDir, RunRecord]]:
 def _open_study(
     run: RunDir, record: RunRecord, space: SearchSpace, ledger: Ledger, begun: Begun
 ) -> Study:
-    recipes = first_trials(space, space.branches())
     number = current_space(ledger.events)
     name = run.path.name if number == 1 else f"{run.path.name}, space {number}"
     return Study(
         space,
         ledger,
         record.settings,
-        [(params, "recipe") for params in recipes],
+        [(params, "recipe") for params in space.first_trials],
         begun(run, record),
         hash_of=config_hash,
         mirror=StudyMirror(run.study_file, name),
@@ -330,9 +329,9 @@ def _drive(
     ledger: Ledger,
     dashboard_host: str | None,
 ) -> Outcome:
-    """Run the study's remaining trials under Ray; if Ray itself dies, under a new one."""
+    """Run the study's remaining trials under Ray; restart Ray if it dies."""
     if record.gpus_per_trial and not torch.cuda.is_available():
-        raise ConfigError(f"{run.path} was begun on GPUs, and this machine has none for torch")
+        raise ConfigError(f"{run.path} was started on GPUs, but torch finds none on this machine")
     budget_s = record.time_budget_s
     deadline = None if budget_s is None else time.monotonic() + budget_s
     settings = record.settings
@@ -353,10 +352,10 @@ def _drive(
         except RayDied as error:
             if attempt == START_ATTEMPTS:
                 raise RayDied(
-                    f"{error}, for the {attempt}th time; nothing is lost: go on with "
+                    f"{error}, for the {attempt}th time; nothing is lost: resume with "
                     f"`python -m tuneapp resume {run.path}`"
                 ) from None
-            log.warning("%s: it is started anew, and the trials go on", error)
+            log.warning("%s: restarting it; the trials continue", error)
             study.put_back()
     keeper.tidy(study.records)
     keeper.tidy_frozen()
@@ -374,7 +373,7 @@ def _fit(
 ) -> list[int]:
     """Let Ray Tune run the trials; return the signals that ended it early."""
     # The handlers come second: `ray.init` sets its own for SIGTERM.
-    way_out = f"nothing is lost: go on with `python -m tuneapp resume {driver.run_dir}`"
+    way_out = f"nothing is lost: resume with `python -m tuneapp resume {driver.run_dir}`"
     with (
         own_ray(record, dashboard_host, way_out) as driver.ray,
         noted_signals(driver.stop) as caught,
@@ -387,7 +386,7 @@ def _fit(
             tune_config=tune.TuneConfig(
                 search_alg=Proposer(driver, record.settings.mode),
                 scheduler=stopper,
-                num_samples=-1,  # the proposer says when it is enough: a trial may be tried again
+                num_samples=-1,  # the proposer decides when to stop: a trial may be retried
                 max_concurrent_trials=record.concurrent,
                 reuse_actors=True,
                 trial_dirname_creator=lambda trial: str(trial.trial_id),
@@ -407,7 +406,7 @@ def _outcome(run: RunDir, study: Study, caught: list[int], is_late: bool) -> Out
     if early and not caught:
         raise TuneappError(
             f"Ray ended the sweep with {study.remaining} trials to go; see the log.txt of the "
-            f"trials in {run.path}, and go on with `python -m tuneapp resume {run.path}`"
+            f"trials in {run.path}, and resume with `python -m tuneapp resume {run.path}`"
         )
     return Outcome(
         run,

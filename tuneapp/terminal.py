@@ -1,37 +1,46 @@
-"""What commands print, and where: the only place besides `cli` that does."""
+"""What commands print, and where: only this module and `cli` print."""
 
 import contextlib
 import logging
 import os
+import re
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
 
 from tuneapp.bars import ProgressBars
 from tuneapp.rundir import printable
 
 if TYPE_CHECKING:
-    from tuneapp.display import Progress
     from tuneapp.examination import Examination
+    from tuneapp.progress import Progress
     from tuneapp.rundir import RunDir, RunRecord
     from tuneapp.summary import Summary
+    from tuneapp.sweep import Outcome
+
+UNFOLDED = 10_000
+"""Columns where nothing has a width: more than a table needs."""
+LABEL = 10
+"""Columns before the text of a line: its label, or blanks."""
 
 
 class _Stream:
-    """Standard output or error, whichever that is at the time; nothing, where nobody reads it.
+    """Standard output or error, whichever that is at the time; nothing if nobody reads it.
 
-    What has begun goes on without its terminal: after `| head -1`, on a full disk, over a lost
-    connection. A letter that the terminal's encoding lacks is written as Python would.
+    A command continues without its terminal: after `| head -1`, on a full disk, over a lost
+    connection. A letter that the terminal's encoding lacks is escaped as Python does. Blanks before
+    the end of a line, to which tables are padded, are for terminals only.
     """
 
     def __init__(self, name: str) -> None:
         self._name = name
 
     def __getattr__(self, name: str) -> Any:
-        if name == "rich_proxied_file":  # a live table puts its own file in the place of ours
+        if name == "rich_proxied_file":  # a live table replaces our file by its own
             raise AttributeError(name)
         return getattr(self._file, name)
 
@@ -43,8 +52,16 @@ class _Stream:
     def write(self, text: str) -> int:
         encoding = getattr(self._file, "encoding", None) or "utf-8"
         shown = text.encode(encoding, "backslashreplace").decode(encoding)
+        if not self.isatty():
+            shown = re.sub(r" +$", "", shown, flags=re.MULTILINE)
         self._attempt(lambda file: file.write(shown))
         return len(text)
+
+    def isatty(self) -> bool:
+        try:
+            return bool(self._file.isatty())
+        except (AttributeError, ValueError):  # there is none, or it was closed
+            return False
 
     def flush(self) -> None:
         self._attempt(lambda file: file.flush())
@@ -56,19 +73,34 @@ class _Stream:
         try:
             act(file)
         except (OSError, ValueError):
-            # Whatever else is written there, at the end of the process too, shall not fail again.
+            # Whatever else is written there, also at the end of the process, must not fail again.
             with contextlib.suppress(OSError, ValueError), Path(os.devnull).open("wb") as null:
                 os.dup2(null.fileno(), file.fileno())
 
 
-out = Console(file=cast(IO[str], _Stream("stdout")))
-err = Console(file=cast(IO[str], _Stream("stderr")), stderr=True)
+class _Console(Console):
+    """A console that folds tables at the width of a terminal, or at COLUMNS, and nowhere else."""
+
+    @property
+    def size(self) -> ConsoleDimensions:
+        if self.is_terminal:
+            return super().size
+        columns = os.environ.get("COLUMNS", "")
+        return ConsoleDimensions(int(columns) if columns.isdecimal() else UNFOLDED, 25)
+
+    @size.setter
+    def size(self, new_size: tuple[int, int]) -> None:
+        self._width, self._height = new_size
+
+
+out = _Console(file=cast(IO[str], _Stream("stdout")))
+err = _Console(file=cast(IO[str], _Stream("stderr")), stderr=True)
 
 
 def print_to(console: Console, line: str, style: str | None = None) -> None:
-    """Print a line as it is, but for what a terminal would obey: names of files can hold it.
+    """Print a line without the control characters that names of files in it can have.
 
-    Line ends around it are ours.
+    Line ends around it are kept. It is not wrapped, so that a command in it can be copied.
     """
     inner = line.strip("\n")
     shown = line.replace(inner, printable(inner)) if inner else line
@@ -80,9 +112,24 @@ def say(line: str) -> None:
     print_to(out, line)
 
 
+def print_wrapped(console: Console, line: str, style: str | None = None) -> None:
+    """Print a line of words below each other on a terminal; in a pipe, a line stays a line."""
+    lines = [line]
+    if console.is_terminal:
+        lines = textwrap.wrap(
+            line,
+            max(console.width, 2 * LABEL),
+            subsequent_indent=" " * LABEL,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    for each in lines:
+        print_to(console, each, style)
+
+
 def warn(line: str) -> None:
     """Print a warning, where errors go."""
-    print_to(err, f"warning   {line}", "yellow")
+    print_wrapped(err, f"warning   {line}", "yellow")
 
 
 class LogToStderr(logging.Handler):
@@ -104,7 +151,7 @@ class LogToStderr(logging.Handler):
 
 
 class Show:
-    """Shows how images are decoded, then a run, once there is one, to whatever ends it."""
+    """Shows how images are decoded, then a run, once there is one, until it ends."""
 
     def __init__(self) -> None:
         self._stack = contextlib.ExitStack()
@@ -126,8 +173,8 @@ class Show:
 
     def begin(self, run: "RunDir", record: "RunRecord") -> "Progress":
         """Say what begins, and return the listener to its events."""
-        from tuneapp.display import Progress
         from tuneapp.ledger import read_events
+        from tuneapp.progress import Progress
 
         self._run = run
         self._bars.close()
@@ -150,13 +197,13 @@ def short_path(path: Path) -> Path:
     return path
 
 
-def print_sweep(outcome: Any) -> int:
+def print_sweep(outcome: "Outcome") -> int:
     """Print how a sweep ended and what it found; return the exit code."""
     from tuneapp.summary import read_summary, write_trials_table
 
     read = read_summary(outcome.run.path)
     write_trials_table(outcome.run.path)
-    print_result(read)
+    print_result(read, with_warnings=False)
     path = short_path(outcome.run.path)
     if outcome.common_failure is not None:
         warn(f"the sweep was stopped: all of its first trials failed: {outcome.common_failure}")
@@ -164,7 +211,7 @@ def print_sweep(outcome: Any) -> int:
     if outcome.remaining:
         why = "interrupted"
         if outcome.common_failure is not None:
-            why = "mend the cause first"
+            why = "fix the cause first"
         elif outcome.out_of_time:
             why = "the time budget is used up"
         say(f"{outcome.remaining} trial(s) to go ({why})")
@@ -187,22 +234,29 @@ def _checkpoints(read: "Summary") -> str:
 
 
 def print_training(run: "RunDir") -> int:
-    """Print what a single training came to; return the exit code."""
+    """Print the result of a single training; return the exit code."""
     from tuneapp.summary import read_summary, write_trials_table
 
     read = read_summary(run.path)
     write_trials_table(run.path)
-    print_result(read)
-    print_applied(read)
+    print_result(read, with_warnings=False)
     path = short_path(run.path)
+    if any(trial.applied for trial in read.trials):
+        say("applied   as asked: what was trained was read back and compared; to see it,")
+        say(f"          python -m tuneapp summary {path} --applied")
     say(f"model     {path}/trials/t0001/{_checkpoints(read)}")
     say(f"curves    tensorboard --logdir {path}/trials")
     return 0 if read.trials and read.trials[0].state == "finished" else 4
 
 
-def print_result(read: "Summary") -> None:
-    """Print the table of trials, best first, and what it comes to."""
-    from tuneapp.display import bad_image_lines, result_lines, trials_table, wait_line
+def print_result(read: "Summary", *, with_warnings: bool = True) -> None:
+    """Print the table of trials, best first, and the result.
+
+    Args:
+        read: the run.
+        with_warnings: print its warnings, too; a command that ran trials did so when they began.
+    """
+    from tuneapp.results import bad_image_lines, result_lines, trials_table, waiting
 
     best = read.best
     say("")
@@ -210,24 +264,33 @@ def print_result(read: "Summary") -> None:
     out.print(table)
     say("")
     for line in result_lines(read):
-        say(line)
-    waited, too_long = wait_line(read)
-    print_to(*((err, waited, "yellow") if too_long else (out, waited)))
+        print_wrapped(out, line)
+    waited = waiting(read)
+    if waited.is_too_long:
+        print_wrapped(err, waited.line, "yellow")
+    else:
+        print_wrapped(out, waited.line)
     for line in bad_image_lines(read):
         print_to(err, line, "yellow")
-    for warning in read.record.warnings:
-        warn(warning)
+    if with_warnings:
+        for warning in read.record.warnings:
+            warn(warning)
 
 
 def print_applied(read: "Summary") -> None:
     """Print what each trial read back from its optimizer, schedule and parameters."""
-    from tuneapp.display import applied_table
+    from tuneapp.applied_table import applied_table
 
-    table, shared = applied_table(read.trials)
+    found = applied_table(read.ranked, out.width)
     say("\napplied, read back from the objects that trained:")
-    out.print(table)
-    if shared:
-        say(f"all       {shared}")
+    if not found.num_trials:
+        say("none      no trial has finished an epoch\n")
+        return
+    say("asked = applied: checked for every trial; one that differs fails")
+    say("")
+    out.print(found.table)
+    for label, values in found.shared:
+        print_wrapped(out, f"{label:<9} {values}")
     say("")
 
 

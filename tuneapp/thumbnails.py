@@ -1,8 +1,8 @@
 """Whether two images show the same, as far as thumbnails of 16 x 16 pixels tell.
 
-What is compared are edges, the differences between neighbours: they stay when an image is saved
-anew, made smaller, or brightened, and are what different images of one kind do not share. How alike
-they must be depends on the images, and was measured (`duplicates`).
+What is compared are edges, the differences between neighbours: they stay when an image is
+re-saved, made smaller, or brightened, and different images of one kind do not share them. How
+similar they must be depends on the images, and was measured (`duplicates`).
 """
 
 from collections.abc import Iterator

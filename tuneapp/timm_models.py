@@ -10,7 +10,9 @@ Source: R. Wightman, PyTorch Image Models, https://github.com/huggingface/pytorc
 import importlib
 import logging
 import math
+import re
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -30,6 +32,12 @@ PREFIX = "timm:"
 
 _OWN = "return it from a function of your own: model='package.module:build'"
 
+_OF_FOREIGN_FILES = (
+    *(KeyError, IndexError, AttributeError, TypeError, ValueError),
+    *(RuntimeError, AssertionError),
+)
+"""What timm's filters raise for files of other networks."""
+
 _SAFETENSORS = "model.safetensors"
 """What the file is called in nearly every repository of timm's weights."""
 
@@ -43,7 +51,9 @@ class TimmWeights:
         url: where the file is.
         file_name: what it is called in the cache of downloads.
         cached: where the Hugging Face cache has it already; None if it has not.
-        preprocessing: what timm evaluates them with.
+        preprocessing: what timm evaluates them with, but for its `crop_mode`.
+        crop_mode: timm's: `center`; `squash`, whose images lose their proportions; or `border`,
+            whose images get a frame.
     """
 
     name: str
@@ -51,6 +61,7 @@ class TimmWeights:
     file_name: str
     cached: Path | None
     preprocessing: Preprocessing
+    crop_mode: str
 
 
 def is_timm(model: str) -> bool:
@@ -78,8 +89,14 @@ def find_timm(model: str) -> Family:
             f"model {model!r}: the network and its weights are two fields; write "
             f"model='{PREFIX}{name}', weights={tag!r}"
         )
-    heads = timm.get_pretrained_cfg(name).classifier or ()
+    config = timm.get_pretrained_cfg(name)
+    if config is None:  # it was renamed or removed, or somebody registered it without
+        raise ConfigError(f"model {model!r}: {_instead(name)}")
+    heads = config.classifier or ()
     heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    # A head for distillation, where there is one; timm does not name that of some LeViTs.
+    beside = [re.sub(r"^head(?=\.|$)", "head_dist", head) for head in heads]
+    heads = tuple(dict.fromkeys([*heads, *beside]))
     return Family(partial(_stages, model, heads), heads, is_chain=False)
 
 
@@ -107,8 +124,12 @@ def build_timm(
     """
     find_timm(model)
     timm, name = _timm(model), model.removeprefix(PREFIX)
-    options: dict[str, Any] = {"drop_rate": dropout, "drop_path_rate": stochastic_depth}
-    options = {key: value for key, value in options.items() if value is not None}
+    options: dict[str, Any] = {}
+    if dropout is not None:
+        options["drop_rate"] = dropout
+    if stochastic_depth is not None:
+        # At 0, most networks are built without such layers, and none could be read back.
+        options["drop_path_rate"] = stochastic_depth or 0.5
     if image_size is not None and timm.get_pretrained_cfg(name).fixed_input_size:
         options["img_size"] = image_size
     try:
@@ -193,8 +214,10 @@ def translated(network: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, 
     if adapt is None:
         return state
     try:
-        adapted: Mapping[str, Tensor] = adapt(dict(state), network)
-    except Exception as error:  # it is written for this network's files, and is given any
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")  # those of interpolation are no reason to fail
+            adapted: Mapping[str, Tensor] = adapt(dict(state), network)
+    except _OF_FOREIGN_FILES as error:  # it is written for this network's files, and is given any
         log.info("timm's checkpoint filter: %s: %s", type(error).__name__, error)
         return state
     return adapted
@@ -210,10 +233,22 @@ def _timm(model: str) -> Any:
         ) from None
 
 
+def _instead(name: str) -> str:
+    """Return what to write for a name that timm knows, but has nothing to say of."""
+    timm = importlib.import_module("timm")
+    today, dot, tag = (timm.models.get_deprecated_models().get(name) or "").partition(".")
+    if not today:
+        return f"timm {timm.__version__} has nothing to say of {name!r}; {_OWN}"
+    weights = f", weights={tag!r}" if dot else ""
+    return f"timm calls it otherwise today; write model='{PREFIX}{today}'{weights}"
+
+
 def _stages(model: str, heads: tuple[str, ...], network: Any) -> dict[str, list[nn.Module]]:
     """Return the stages of a network, by what timm calls the first module of each.
 
-    A module without parameters goes with what stands before it.
+    A module without parameters goes with what stands before it, but with the head where the head
+    comes next, as pooling and dropout do. What timm calls `head_drop` is the head's wherever it is:
+    else it would do nothing while all but the head is frozen.
     """
     group_of = _groups(model, heads, network)
     head = max(group_of.values())
@@ -224,22 +259,28 @@ def _stages(model: str, heads: tuple[str, ...], network: Any) -> dict[str, list[
     for place, (index, name, module) in enumerate(pieces):
         if index is not None:
             current = index
-            names.setdefault(index, name)
-        elif all(later in (None, head) for later, _, _ in pieces[place:]):
-            current = head  # pooling and dropout between the last stage and the classifier
+            # SelecSLS calls its last blocks `head`.
+            names.setdefault(index, f"stage{index}" if name in ("stem", "head") else name)
+        elif (
+            module is getattr(network, "head_drop", None)
+            or next((later for later, _, _ in pieces[place:] if later is not None), head) == head
+        ):
+            current = head
         stages[current].append(module)
     return {names[index]: modules for index, modules in stages.items()}
 
 
-def _groups(model: str, heads: tuple[str, ...], network: Any) -> dict[str, int]:
-    """Return the stage of each parameter, counted from 0 without gaps.
+def _groups(model: str, heads: tuple[str, ...], network: Any) -> dict[int, int]:
+    """Return the stage of each parameter, counted from 0 without gaps, by the parameter's id.
+
+    By its id, since one that several modules share has several names.
 
     The head is what timm calls the classifier. What its matcher groups with that, such as a last
     norm or convolution, is pretrained and belongs to the stage below.
     """
     inside = tuple(f"{head}." for head in heads)
-    names = [name for name, _ in network.named_parameters()]
-    in_head = [name for name in names if inside and name.startswith(inside)]
+    named = dict(network.named_parameters())
+    in_head = [name for name in named if inside and name.startswith(inside)]
     try:
         matcher = network.group_matcher(coarse=True)
         grouped = _timm(model).models.group_parameters(network, matcher)
@@ -249,11 +290,12 @@ def _groups(model: str, heads: tuple[str, ...], network: Any) -> dict[str, int]:
     below[-2:] = [[name for group in below[-2:] for name in group]]
     if not in_head or not below[0]:
         raise ConfigError(f"model {model!r} has no classifier in timm's words; {_OWN}")
-    return {name: index for index, group in enumerate([*below, in_head]) for name in group}
+    groups = enumerate([*below, in_head])
+    return {id(named[name]): index for index, group in groups for name in group}
 
 
 def _pieces(
-    module: nn.Module, path: str, group_of: Mapping[str, int]
+    module: nn.Module, path: str, group_of: Mapping[int, int]
 ) -> Iterator[tuple[int | None, str, nn.Module]]:
     """Yield the largest modules whose parameters are all of one stage, with that stage and a name.
 
@@ -261,10 +303,10 @@ def _pieces(
     stages, such as a class token, come as modules that compute nothing.
     """
     for name, parameter in module.named_parameters(path, recurse=False):
-        yield group_of[name], name, Beside(nn.ParameterList([parameter]))
+        yield group_of[id(parameter)], name, Beside(nn.ParameterList([parameter]))
     for short, child in module.named_children():
         name = f"{path}.{short}" if path else short
-        stages = {group_of[n] for n, _ in child.named_parameters(name)}
+        stages = {group_of[id(parameter)] for parameter in child.parameters()}
         if len(stages) > 1:
             yield from _pieces(child, name, group_of)
         else:
@@ -286,7 +328,9 @@ def _scale_to(skips: list[Any], highest: float) -> None:
 def _weights(full_name: str, config: Any) -> TimmWeights:
     if not config.hf_hub_id:
         file_name = config.url.rsplit("/", 1)[-1]
-        return TimmWeights(full_name, config.url, file_name, None, _preprocessing(config))
+        return TimmWeights(
+            full_name, config.url, file_name, None, _preprocessing(config), config.crop_mode
+        )
     hub = importlib.import_module("huggingface_hub")
     repository, _, revision = config.hf_hub_id.partition("@")
     file_name = config.hf_hub_filename or _SAFETENSORS
@@ -298,6 +342,7 @@ def _weights(full_name: str, config: Any) -> TimmWeights:
         file_name=f"{repository.replace('/', '--')}--{file_name}",
         cached=Path(cached) if isinstance(cached, str) else None,
         preprocessing=_preprocessing(config),
+        crop_mode=config.crop_mode,
     )
 
 
@@ -306,7 +351,8 @@ def _preprocessing(config: Any) -> Preprocessing:
     size = config.input_size[-1]
     known = config.interpolation in ("nearest", "bilinear", "bicubic")
     return Preprocessing(
-        resize_size=math.floor(size / config.crop_pct),
+        # Some say 1.15, with which timm puts a black frame around the image.
+        resize_size=max(size, math.floor(size / config.crop_pct)),
         crop_size=size,
         interpolation=config.interpolation if known else "bicubic",
         mean=tuple(config.mean),

@@ -1,8 +1,8 @@
-"""TensorBoard, and its twin that does nothing.
+"""TensorBoard, and a tracker that does nothing.
 
-The event files are a cache of the trial's history: a trial that goes on makes them again from it,
-so no step is ever in them twice. Ray's own TensorBoard logger is off (sweep.py). A file that cannot
-be written is warned of once, and the training goes on without it.
+The event files are a cache of the trial's history: a resumed trial rewrites them from it, so
+no step is ever in them twice. Ray's own TensorBoard logger is off (sweep.py). If a file cannot be
+written, there is one warning, and the training continues without it.
 """
 
 import contextlib
@@ -24,13 +24,13 @@ log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
-    """What a trial tells of its epochs."""
+    """Records a trial's epochs."""
 
     def epoch(self, row: Row) -> None:
         """Record the metrics of one epoch."""
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is buffered."""
 
 
 class NoTracker:
@@ -57,7 +57,7 @@ def open_tracker(
         params: for HParams.
         settings: say which metric makes an epoch the best.
         history: rows of the epochs done.
-        text: in Markdown, what there is to say of the data; empty for nothing.
+        text: Markdown about the data; may be empty.
     """
     if folder is None:
         return NoTracker()
@@ -75,9 +75,9 @@ class TensorBoardTracker:
         history: Sequence[Row],
         text: str = "",
     ) -> None:
-        """Write the event file in `folder` anew, with the epochs of `history` in it."""
-        # Not tensorboardX's SummaryWriter: it writes from a thread of its own, through a queue that
-        # a kill loses, and that blocks for ever once the thread has died of a full disk.
+        """Rewrite the event file in `folder`, with the epochs of `history` in it."""
+        # Not tensorboardX's SummaryWriter: it writes from its own thread, through a queue that is
+        # lost in a kill and blocks forever once a full disk has ended the thread.
         self._folder = folder
         self._file: EventsWriter | None = None
         try:
@@ -90,7 +90,7 @@ class TensorBoardTracker:
         self._tags: dict[str, str] = {}
         self._metric, self._mode = settings.metric, settings.mode
         self._best: float | None = None
-        # HParams shows the newest value of a tag, so the tag that it is given is the running best.
+        # HParams shows the newest value of a tag, so its tag is the running best.
         self._best_tag = f"best/{self._metric}"
         plain = {
             k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in params.items()
@@ -120,7 +120,7 @@ class TensorBoardTracker:
         self._file = None
 
     def _tag(self, name: str) -> str:
-        """Return the tag of a metric: TensorBoard's have few characters, and are one metric's."""
+        """Return the tag of a metric: few characters are allowed, and each metric needs its own."""
         if name not in self._tags:
             tag = clean = scalar(name, 0.0).value[0].tag
             number = 1
@@ -148,7 +148,7 @@ class TensorBoardTracker:
             with contextlib.suppress(OSError):  # it tries to write what it still holds
                 file.close()
         log.warning(
-            "%s: TensorBoard's file cannot be written (%s); the training goes on without it, and "
+            "%s: TensorBoard's file cannot be written (%s); the training continues without it, and "
             "epochs.csv has every number",
             self._folder,
             error.strerror or error,

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 from tuneapp.applied import Applied, read_back
 from tuneapp.average import WeightAverage
-from tuneapp.checkpoint import TrainState
+from tuneapp.checkpoint import Row, TrainState
 from tuneapp.config import Amp, RunSettings, TrialConfig
 from tuneapp.data.batches import Batches
 from tuneapp.data.examples import ImageSet
@@ -19,14 +19,24 @@ from tuneapp.data.pixels import Preprocessing
 from tuneapp.data.sampling import InOrder, Shuffled
 from tuneapp.data.store import Store, open_store
 from tuneapp.data.views import evaluation_view, mixing, training_view
+from tuneapp.epoch_proof import (
+    WantedFactors,
+    require_batches,
+    require_kept,
+    require_observed,
+    require_rates,
+    require_weights,
+)
 from tuneapp.errors import ConfigError
-from tuneapp.loop import EpochMetrics, Precision
+from tuneapp.loop import EpochMetrics, Evaluation, Precision, evaluate, train_one_epoch
 from tuneapp.losses import TrainingLoss, build_loss
-from tuneapp.models import build_staged, freeze_as, seed_everything
+from tuneapp.models import apply_freezing, build_staged, seed_everything
+from tuneapp.observed import Observed, Witness
 from tuneapp.optim import build_optimizer
-from tuneapp.proof import require_applied, require_batches, require_trained
+from tuneapp.proof import require_applied, require_defaults, require_trained
 from tuneapp.schedules import Schedule
 from tuneapp.staged import StagedModel
+from tuneapp.statedict import read_state_dict
 from tuneapp.weights import load_weights, preprocessing_of
 
 log = logging.getLogger(__name__)
@@ -66,56 +76,117 @@ class TrialRun:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """Everything that trains.
+    """Everything that trains, and the proof that it trains what was asked.
 
     Attributes:
         config: what was asked for.
         run: where and how it runs.
         device: where the model and the batches are.
         precision: of the forward pass.
+        preprocessing: of the images.
         train_batches: of the training set.
         val_batches: of the validation set.
         loss_fn: what is minimised.
         state: what changes from epoch to epoch.
+        factors: what the schedule must do, computed apart from it.
     """
 
     config: TrialConfig
     run: TrialRun
     device: torch.device
     precision: Precision
+    preprocessing: Preprocessing
     train_batches: Batches
     val_batches: Batches
     loss_fn: TrainingLoss
     state: TrainState
+    factors: WantedFactors
 
-    def check(self, epoch: int) -> Applied:
-        """Return what this epoch really trains with, read back from the objects.
+    def resume(self, folder: Path) -> None:
+        """Continue from the newest intact checkpoint in `folder`, if there is one.
+
+        Raises:
+            CheckpointError: it belongs to another configuration, or the manifest cannot be read.
+        """
+        if self.state.load(folder):
+            self.factors.skip(self.state.history)
+
+    def enter(self, epoch: int) -> None:
+        """Unfreeze what `epoch` trains for the first time, and check what it will train with.
 
         Raises:
             AppliedValueError: it is not what was asked for.
         """
-        batches = self.train_batches
-        applied = replace(
-            read_back(
-                self.state, self.loss_fn, batches.batch_size, self.precision, self.run.weights_name
-            ),
-            images="streamed" if batches.is_streamed else "stored",
-            workers=batches.workers,
-        )
-        steps = len(self.train_batches)
-        require_applied(applied, self.config, self.state.model, self.device, steps, epoch)
-        require_trained(self.state, self.config, epoch)
-        log.info("process %d trains with %s", os.getpid(), applied)
-        return applied
+        if epoch > 1:
+            # Before the unfreezing, which would mend what has changed since the last epoch.
+            self._read_back(epoch - 1)
+            optimizer_state = dict(self.state.optimizer.state)
+            if self.state.enter(epoch):
+                require_kept(optimizer_state, self.state.optimizer)
+        applied = self._read_back(epoch).as_dict()
+        if applied != self.state.applied_in(epoch):
+            log.info("process %d trains with %s", os.getpid(), applied)
+            self.state.applied[epoch] = applied
+        file = self.run.weights_file
+        # A part of a file may hold nothing but scales of 1 and biases of 0.
+        if epoch == 1 and file is not None and not self.config.partial_weights:
+            weights = read_state_dict(file, file.stat().st_mtime_ns)
+            require_weights(self.state.model, weights, str(file))
 
-    def check_batches(self, trained: EpochMetrics) -> None:
-        """Check the batches that an epoch really saw.
+    def train(self, epoch: int) -> EpochMetrics:
+        """Train one epoch, and check what it did.
 
         Raises:
-            AppliedValueError: they are not those that were asked for.
+            AppliedValueError: it did something else than what was asked for.
+            Diverged: the loss became NaN or infinite.
         """
-        examples, steps = self.train_batches.num_examples, len(self.train_batches)
-        require_batches(trained, self.config, examples, steps)
+        state, config = self.state, self.config
+        with Witness(state.model, self.loss_fn, state.optimizer, state.average) as witness:
+            trained = train_one_epoch(
+                state.model,
+                self.train_batches.epoch(epoch),
+                self.loss_fn,
+                state.optimizer,
+                state.schedule,
+                state.scaler,
+                self.precision,
+                epoch=epoch,
+                average=state.average,
+                clip_norm=config.clip_norm,
+                clip_value=config.clip_value,
+                accumulation_steps=config.accumulation_steps,
+            )
+        self._check(trained, witness.observed())
+        return trained
+
+    def validate(self, epoch: int) -> Evaluation:
+        """Evaluate the network, or the average of its weights, on the validation set."""
+        average = self.state.average
+        model = self.state.model if average is None else average.model
+        return evaluate(model, self.val_batches.epoch(epoch), self.precision)
+
+    def end_epoch(self, row: Row) -> None:
+        """Report the metrics of an epoch to the schedule, which may follow them."""
+        self.state.schedule.end_epoch(row)
+        self.factors.end_epoch(row)
+
+    def _read_back(self, epoch: int) -> Applied:
+        state, config, batches = self.state, self.config, self.train_batches
+        applied = read_back(state, self.loss_fn, batches, self.precision, self.run.weights_name)
+        counts = self.run.images.counts("train")
+        steps = len(batches)
+        require_applied(applied, config, state.model, self.device, steps, epoch, counts)
+        require_defaults(state.optimizer)
+        require_trained(state, config, epoch)
+        return applied
+
+    def _check(self, trained: EpochMetrics, seen: Observed) -> None:
+        state, config, batches = self.state, self.config, self.train_batches
+        require_batches(trained, config, batches.num_examples, len(batches))
+        size, is_multilabel = self.preprocessing.crop_size, self.run.images.is_multilabel
+        require_observed(seen, trained, config, self.precision, size, is_multilabel)
+        factors = self.factors.of_epoch()
+        require_rates(seen, trained, factors, state.model, state.optimizer, config)
 
 
 def begin_training(config: TrialConfig, run: TrialRun) -> Training:
@@ -138,10 +209,12 @@ def begin_training(config: TrialConfig, run: TrialRun) -> Training:
         run=run,
         device=device,
         precision=precision,
+        preprocessing=preprocessing,
         train_batches=train_batches,
         val_batches=val_batches,
         loss_fn=loss_fn,
         state=_begin(config, model, loss_fn, len(train_batches), precision),
+        factors=WantedFactors(config, len(train_batches)),
     )
 
 
@@ -236,7 +309,7 @@ def _build_model(
     model = build_staged(config, len(run.images.classes), image_size)
     if run.weights_file is not None:
         load_weights(model.network, config, run.weights_file)
-    freeze_as(model, config)
+    apply_freezing(model, config)
     layout = torch.channels_last if config.channels_last else torch.preserve_format
     placed: StagedModel = model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
     return placed

@@ -15,7 +15,7 @@ from tuneapp.checkpoint import Row, TrainState
 from tuneapp.config import RunSettings, TrialConfig, is_better
 from tuneapp.data.findings import describe_bad
 from tuneapp.errors import Diverged, TrialError
-from tuneapp.loop import EpochMetrics, Evaluation, evaluate, train_one_epoch
+from tuneapp.loop import EpochMetrics, Evaluation
 from tuneapp.metrics import measure
 from tuneapp.room import write_patiently
 from tuneapp.rundir import write_atomically, write_json
@@ -51,44 +51,24 @@ def run_trial(
         AppliedValueError: the trial would train something else than `config`.
     """
     training = begin_training(config, run)
+    if resume_from is not None:
+        training.resume(resume_from)
     state = training.state
-    applied = training.check(epoch=1)
-    if resume_from is not None and state.load(resume_from):
-        applied = training.check(state.epoch)
     for row in state.history:
-        report({**row, "applied": applied.as_dict()})
+        report({**row, "applied": state.applied_in(row["epoch"])})
 
     tracker = _open_folder(run, config, state)
     try:
         for epoch in range(state.epoch + 1, config.epochs + 1):
-            if state.enter(epoch) or epoch in config.unfreeze_at:
-                applied = training.check(epoch)
+            training.enter(epoch)
             lrs = {f"lr/{group['stage']}": group["lr"] for group in state.optimizer.param_groups}
-            trained = train_one_epoch(
-                state.model,
-                training.train_batches.epoch(epoch),
-                training.loss_fn,
-                state.optimizer,
-                state.schedule,
-                state.scaler,
-                training.precision,
-                epoch=epoch,
-                average=state.average,
-                clip_norm=config.clip_norm,
-                clip_value=config.clip_value,
-                accumulation_steps=config.accumulation_steps,
-            )
-            if epoch == 1:
-                training.check_batches(trained)
-            validated = state.model if state.average is None else state.average.model
-            batches = training.val_batches.epoch(epoch)
-            answers = evaluate(validated, batches, training.precision)
-            row = _row(epoch, trained, answers, lrs, run)
+            trained = training.train(epoch)
+            row = _row(epoch, trained, training.validate(epoch), lrs, run)
             _require_finite(epoch, row, trained.steps)
-            state.schedule.end_epoch(row)
+            training.end_epoch(row)
             _record(state, row, run)
             tracker.epoch(row)
-            report({**row, "applied": applied.as_dict()})
+            report({**row, "applied": state.applied_in(epoch)})
     finally:
         tracker.close()
     return state

@@ -1,9 +1,9 @@
-"""Does a training that is killed come to the same numbers as one that is not?
+"""Does a training that is killed and resumed give the same numbers as one that is not?
 
-One configuration is trained twice: straight, and by a process that is killed by SIGKILL now and
-then and gone on with by `resume`. Both are what a user would run, in processes of their own. Then
-what they reported and their last checkpoints are compared, bit for bit and piece by piece, so that
-a difference says which state was lost.
+One configuration is trained twice: straight, and by a process that is repeatedly ended by
+SIGKILL and resumed by `resume`. Both run as a user would run them, in separate processes. Then
+their metrics and last checkpoints are compared, bit for bit and piece by piece, so that a
+difference says which state was lost.
 """
 
 import csv
@@ -43,9 +43,9 @@ MOST_EPOCHS = 3
 """Unless asked for: enough for a kill in an epoch, one between two, and one epoch after both."""
 MOST_KILLS = 3
 CLOCKED = ("train/images_per_s", "train/data_wait")
-"""What a clock measured: no two trainings agree in it."""
+"""Measured times, in which no two trainings agree."""
 COMMAND = (sys.executable, "-m", "tuneapp")
-"""How a child is started, before its own words."""
+"""How a child process is started, before its arguments."""
 _TRIAL = "t0001"
 _POLL_S = 0.01
 
@@ -60,7 +60,7 @@ class Difference:
     Attributes:
         where: its name within its piece.
         straight: what the straight training has, in words; empty for tensors of one shape.
-        killed: likewise, what the killed one has.
+        killed: the same of the killed one.
         largest: of two tensors, the largest difference of their numbers.
     """
 
@@ -72,7 +72,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of a training's state, such as its optimizer, and what of it differs.
+    """A piece of a training's state, such as its optimizer, and its differences.
 
     Attributes:
         name: of the piece.
@@ -100,14 +100,14 @@ class Kill:
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """What the comparison of a straight and a killed training came to.
+    """The result of comparing a straight and a killed training.
 
     Attributes:
         epochs: of each training; with folds, over all of them.
         asked: how often it was to be killed.
         kills: how often it really was, before it was over.
-        pieces: of both trainings' states; none where the killed one could not go on.
-        failure: why it could not go on; else empty.
+        pieces: of both trainings' states; none if the killed one could not be resumed.
+        failure: why it could not be resumed; else empty.
         first_epoch: the first epoch with another number in it; None where there is none.
         device: where they trained, such as `cpu`.
         folder: where both trainings are; None once they are removed.
@@ -138,7 +138,7 @@ def verify_resume(
     keep: bool = False,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Verified:
-    """Train a configuration straight and with kills, and compare what came of both.
+    """Train a configuration straight and with kills, and compare the results.
 
     Args:
         words: arguments of `tuneapp train` that stand for the configuration.
@@ -147,10 +147,10 @@ def verify_resume(
         num_folds: of its data; 0 without folds.
         interruptions: kills; None is one for each epoch but the last, at most `MOST_KILLS`.
         keep: leave both trainings on the disk although they are the same.
-        tell: told what is being done.
+        tell: called with what is being done.
 
     Raises:
-        ConfigError: it is too short for so many kills, or does not come to its end even straight.
+        ConfigError: it is too short for that many kills, or fails even without any.
     """
     epochs = config.epochs * max(num_folds, 1)
     plan = plan_kills(epochs, interruptions)
@@ -193,7 +193,7 @@ def plan_kills(epochs: int, interruptions: int | None) -> list[Kill]:
         interruptions: kills; None is one for each epoch but the last, at most `MOST_KILLS`.
 
     Raises:
-        ConfigError: there are not so many epochs to go on after.
+        ConfigError: there are too few epochs to resume after that many kills.
     """
     most = max(epochs - 1, 1)
     count = min(most, MOST_KILLS) if interruptions is None else interruptions
@@ -236,7 +236,11 @@ def pieces_of(content: Content, buffers: Collection[str]) -> Pieces:
         "gradient scaler": rest.pop("scaler", None),
         "loss": rest.pop("loss", None),
         "random generators": rest.pop("generators", None),
-        "history": {**history, "best epoch": rest.pop("best_epoch", None)},
+        "history": {
+            **history,
+            "best epoch": rest.pop("best_epoch", None),
+            "applied": rest.pop("applied", None),
+        },
         "configuration": rest.pop("config", None),
         **rest,  # whatever checkpoints will hold besides is compared, too
     }
@@ -244,7 +248,7 @@ def pieces_of(content: Content, buffers: Collection[str]) -> Pieces:
 
 
 def compare(straight: Pieces, killed: Pieces) -> tuple[Piece, ...]:
-    """Return the pieces of both trainings, and what of each differs, to the last bit."""
+    """Return the pieces of both trainings with their differences, to the last bit."""
     return tuple(
         _piece(name, straight.get(name, {}), killed.get(name, {}))
         for name in dict.fromkeys([*straight, *killed])
@@ -302,7 +306,7 @@ def _timeless(row: Row) -> Row:
 
 
 def _compared(found: Verified, folder: Path, num_folds: int, buffers: Collection[str]) -> Verified:
-    """Return `found` with what a comparison of both trainings says."""
+    """Return `found` with the comparison of both trainings."""
     pieces, rows = [], []
     for run in (RunDir(folder / "straight"), RunDir(folder / "killed")):
         contents = [read_last(place) for place in _checkpoints(run, num_folds)]
@@ -331,7 +335,7 @@ def _joined(folds: Sequence[Pieces]) -> Pieces:
 
 
 def _reported(run: RunDir, num_folds: int) -> tuple[Leaves, Leaves]:
-    """Return what the ledger was told: metrics, and what was applied."""
+    """Return what the ledger holds: metrics, and the applied values."""
     events = read_events(run.ledger)
     rows = [event["row"] for event in events if event["event"] == "epoch"]
     applied = [event["applied"] for event in events if event["event"] == "applied"]
@@ -357,7 +361,7 @@ def _train_straight(
     times += [time.monotonic()] * (2 - len(times))  # over before much could be seen
     if child.returncode != 0:
         raise ConfigError(
-            f"the training does not come to its end, even without a kill: {_cause(run, log)}; "
+            f"the training fails even without a kill: {_cause(run, log)}; "
             "`python -m tuneapp train` with the same options shows all of it"
         )
     return statistics.median(b - a for a, b in pairwise(times))
@@ -371,7 +375,7 @@ def _train_killed(
     tell: Callable[[str], None],
     check: Callable[[], None],
 ) -> tuple[list[Kill], str]:
-    """Train to the end in spite of the kills; return them, and why it did not come there, if so."""
+    """Train to the end in spite of the kills; return them, and why it failed, if it did."""
     run, log = RunDir(folder / "killed"), folder / "killed.txt"
     kills: list[Kill] = []
     next_words = _first_words(words, run)
@@ -403,7 +407,7 @@ def _wait_for(
     pause_s: float,
     check: Callable[[], None],
 ) -> bool:
-    """Wait for the moment of a kill; return False where the training was over before."""
+    """Wait for the moment of a kill; return False if the training was over before."""
     moment = None
     while child.poll() is None:
         check()
@@ -423,7 +427,7 @@ def _steps(run: RunDir) -> int:
 
 
 def _epochs_done(run: RunDir) -> int:
-    """Return how many epochs are written down; with folds, over all of them.
+    """Return how many epochs are recorded; with folds, over all of them.
 
     By the tables of epochs, which are written after the checkpoints: the ledger has folds only.
     """
@@ -441,7 +445,7 @@ def _folders(trial: Path) -> list[Path]:
 
 
 def _cause(run: RunDir, log: Path) -> str:
-    """Return in a line why a child ended early: as the ledger has it, else what it said last."""
+    """Return in a line why a child ended early: from the ledger, else its last output."""
     try:
         record = read_records(read_events(run.ledger)).get(_TRIAL)
     except RunError:
@@ -449,7 +453,7 @@ def _cause(run: RunDir, log: Path) -> str:
     if record is not None and record.cause:
         return f"{record.state}: {record.cause}"
     lines = [line.strip() for line in log.read_text("utf-8", "replace").splitlines()]
-    lines = [line for line in lines if line] or ["it said nothing"]
+    lines = [line for line in lines if line] or ["it printed nothing"]
     mark = "tuneapp: error: "
     said = [line.removeprefix(mark) for line in lines if line.startswith(mark)]
     return (said or lines)[-1]
@@ -457,7 +461,7 @@ def _cause(run: RunDir, log: Path) -> str:
 
 @contextmanager
 def _child(words: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Run tuneapp in a process group of its own; the end of the block is the end of all of it."""
+    """Run tuneapp in its own process group, all of which ends with the block."""
     with log.open("ab") as file:
         child = subprocess.Popen(
             [*COMMAND, *words],

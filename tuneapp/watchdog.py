@@ -1,7 +1,8 @@
-"""Who is still alive: trials that say nothing for too long, and Ray's own processes.
+"""Which processes are alive: trials that are silent for too long, and Ray's own processes.
 
-Ray has no limit on the silence of a trial, and notices the end of its own processes late: it goes
-on for 14 s without a raylet and ends this process after 60 s without a GCS (ray 2.60, measured).
+Ray has no limit on the silence of a trial, and notices the end of its own processes late: it
+continues for 14 s without a raylet and ends this process after 60 s without a GCS (ray 2.60,
+measured).
 """
 
 import contextlib
@@ -19,13 +20,13 @@ from tuneapp.failures import Failure
 log = logging.getLogger(__name__)
 
 LEAST_SILENCE_S = 300.0
-"""A trial may be silent for as long as this in any case."""
+"""A trial may be silent this long in any case."""
 OWN_EPOCHS = 10
-"""And for as many times its own slowest epoch,"""
+"""And for this many times its own slowest epoch,"""
 OTHERS_EPOCHS = 30
-"""or, in its first one, the slowest epoch of all trials: another network may be so much slower."""
+"""or, in its first one, the slowest epoch of all trials: another network may be much slower."""
 PAUSE_S = 30.0
-"""A gap between two looks from which on it was us who slept (a suspended laptop, SIGSTOP)."""
+"""From this gap between two checks on, this process itself slept (a suspended laptop, SIGSTOP)."""
 
 _RAY_PROCESSES = ("raylet", "gcs_server")
 
@@ -41,7 +42,7 @@ class _Life:
 
 
 class Watchdog:
-    """Ends trials of which nothing was heard for far longer than their epochs take."""
+    """Ends trials that were silent for far longer than their epochs take."""
 
     def __init__(self) -> None:
         self._lives: dict[str, _Life] = {}
@@ -50,7 +51,7 @@ class Watchdog:
         self._silences: dict[str, float] = {}
 
     def began(self, key: str, pid: int, name: str = "") -> None:
-        """Take that a trial runs in this process.
+        """Record that a trial runs in this process.
 
         Args:
             key: of this attempt at it.
@@ -63,7 +64,7 @@ class Watchdog:
         self._lives[key] = _Life(process, name or key, time.monotonic())
 
     def heard(self, key: str) -> None:
-        """Take that a trial has reported an epoch."""
+        """Record that a trial has reported an epoch."""
         life = self._lives.get(key)
         if life is None:
             return
@@ -73,7 +74,7 @@ class Watchdog:
         life.heard = now
 
     def ended(self, key: str) -> Failure | None:
-        """Take that a trial runs no longer; return why, if it was ended here."""
+        """Record that a trial has stopped running; return why, if it was ended here."""
         self._lives.pop(key, None)
         silence = self._silences.pop(key, None)
         if silence is None:
@@ -84,12 +85,12 @@ class Watchdog:
         """End the trials that have been silent for too long.
 
         Args:
-            excused: they have a reason to wait, such as a full disk.
+            excused: they have a reason to be silent, such as a full disk.
         """
         now = time.monotonic()
         gap, self._looked = now - self._looked, now
         for key, life in self._lives.items():
-            if excused or gap > PAUSE_S:  # nobody could be heard
+            if excused or gap > PAUSE_S:  # no trial could be heard
                 life.heard = now
             silence, allowed = now - life.heard, self._allowed_s(life)
             if allowed and silence > allowed and life.process is not None:
@@ -109,7 +110,7 @@ class Watchdog:
 
 
 def ray_processes() -> dict[str, psutil.Process]:
-    """Return Ray's own processes among the children of this one: what it cannot do without."""
+    """Return Ray's own processes among the children of this one: those that it needs."""
     found = {}
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
@@ -130,7 +131,7 @@ def first_dead(processes: Mapping[str, psutil.Process]) -> str | None:
 
 
 def end_ray_processes() -> None:
-    """End what is left of Ray among the children of this process: a start or a stop that failed."""
+    """End Ray processes that remain as children of this process after a failed start or stop."""
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             if any(f"{os.sep}ray{os.sep}" in w or w.startswith("ray::") for w in child.cmdline()):
@@ -138,7 +139,7 @@ def end_ray_processes() -> None:
 
 
 def kernel_memory_kills() -> int:
-    """Return how many processes Linux has ended for want of memory since it was started."""
+    """Return how many processes Linux has ended for lack of memory since it booted."""
     with contextlib.suppress(OSError, ValueError):
         for line in Path("/proc/vmstat").read_text(encoding="ascii").split("\n"):
             name, _, count = line.partition(" ")
@@ -148,16 +149,16 @@ def kernel_memory_kills() -> int:
 
 
 def why_it_died(said: str, memory_kills: int) -> Failure:
-    """Return what the sudden end of a trial's process comes to.
+    """Return the failure that the sudden end of a trial's process stands for.
 
     Args:
-        said: what Ray says of it.
-        memory_kills: processes that the kernel has ended for want of memory while it ran.
+        said: Ray's message.
+        memory_kills: processes that the kernel has ended for lack of memory while it ran.
     """
     if memory_kills or "running low on memory" in said:
-        # It may have been a neighbour that took the memory: at first it is tried again.
+        # Another process may have taken the memory: at first the trial is retried.
         return Failure(
-            "out of memory", "its process was ended for want of host memory", can_pass=True
+            "out of memory", "its process was ended for lack of host memory", can_pass=True
         )
     if "node has died" in said or "node was" in said or "NodeDied" in said:
         return Failure("node lost", "the machine that it ran on was lost", can_pass=True)

@@ -1,10 +1,11 @@
-"""Pretrained weights: which are meant, what of them fits, and how their images were prepared.
+"""Pretrained weights: which are meant, which tensors fit, and how their images were prepared.
 
 `fetch.py` downloads them, `statedict.py` reads them: tensors only, never code.
 """
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,41 +14,47 @@ from typing import Any
 import torchvision
 from torch import Tensor, nn
 
-from tuneapp.checkpoint import MANIFEST
+from tuneapp.checkpoint import MANIFEST, best_file
 from tuneapp.config import TrialConfig
 from tuneapp.data.pixels import Preprocessing
-from tuneapp.errors import ConfigError, WeightsError, did_you_mean
+from tuneapp.errors import CheckpointError, ConfigError, WeightsError, did_you_mean
 from tuneapp.fetch import cached_or_fetched, sha256_of
 from tuneapp.models import find_family
 from tuneapp.staged import StagedModel
 from tuneapp.statedict import (
-    POSITIONS,
     LoadReport,
     State,
     compare,
     is_counter,
-    named_as,
+    match_names,
     read_state_dict,
-    resized_for,
+    with_interpolated_positions,
 )
-from tuneapp.timm_models import is_timm, translated, usual_preprocessing, weights_of
+from tuneapp.timm_models import (
+    TimmWeights,
+    is_timm,
+    translated,
+    usual_preprocessing,
+    weights_of,
+)
 
 log = logging.getLogger(__name__)
 
 AUTO_LIMIT_S = 60.0
-"""`auto` gives up a download after so long; `DEFAULT` and other names wait for the end."""
+"""Seconds after which `auto` gives up a download; `DEFAULT` and other names wait for the end."""
 
 _IMAGENET = Preprocessing(256, 224, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
-# Less is another network's. resnet34's file has all that resnet18 needs, and as much again; of
-# torchvision's relatives, resnet152's for resnet101 comes nearest, with 67 % of its tensors.
+# A file that fits less than this belongs to another network. resnet34's file has all that resnet18
+# needs, and as much again; of torchvision's related networks, resnet152's file for resnet101 fits
+# best, with 67 % of its tensors.
 _LEAST_OF_NETWORK = 0.5
 _LEAST_OF_FILE = 0.75
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a choice of weights came to on this machine.
+    """The file that a choice of weights stands for on this machine.
 
     Attributes:
         asked: as written in the space.
@@ -76,6 +83,7 @@ class _Named:
         name: in full, with the network.
         url: where the file is.
         preprocessing: what they are evaluated with.
+        warning: what the user should know, or an empty text.
         file_name: what the file is called in the cache; None is as in the address.
         cached: where another cache of this machine has it; None if none has.
     """
@@ -83,6 +91,7 @@ class _Named:
     name: str
     url: str
     preprocessing: Preprocessing
+    warning: str = ""
     file_name: str | None = None
     cached: Path | None = None
 
@@ -90,10 +99,10 @@ class _Named:
         """Return the file, downloaded once where that is needed.
 
         Raises:
-            WeightsError: it cannot be had.
+            WeightsError: it is not available.
         """
         file = self.cached or cached_or_fetched(self.url, limit_s, self.file_name)
-        return _found(asked, file, self.name)
+        return _found(asked, file, self.name, self.warning)
 
 
 def find_weights(model: str, asked: str | None) -> Found:
@@ -104,7 +113,7 @@ def find_weights(model: str, asked: str | None) -> Found:
         asked: as in `TrialConfig.weights`. A trial's folder stands for its best checkpoint.
 
     Raises:
-        WeightsError: they cannot be had; the message says where to put the file.
+        WeightsError: they are not available; the message says where to put the file.
     """
     named = _named(model)
     if asked is None or (asked == "auto" and not named):
@@ -115,22 +124,26 @@ def find_weights(model: str, asked: str | None) -> Found:
         except WeightsError as error:
             warning = f"{model} starts from RANDOM weights, not pretrained ones: {error}"
             return Found(asked, None, "random", warning=warning)
+    if "://" in asked:
+        raise WeightsError(
+            f"weights {asked!r}: a URL is not accepted: download the file and give its path"
+        )
     path = Path(asked).expanduser()
-    if asked not in named:
+    if _tag(asked, named) not in named:
         if path.is_file():
             return _found(asked, path.resolve(), "file")
         if path.is_dir():
             return _found(asked, _best_checkpoint(path.resolve(), asked), "checkpoint")
-        if path.suffix or "/" in asked:
+        if (path.suffix or "/" in asked) and not re.fullmatch(r"\w+_Weights\.\w+", asked):
             raise WeightsError(f"weights {asked!r}: no such file or folder")
     return _require_named(model, asked).found(asked, limit_s=None)
 
 
 def require_same_weights(found: Mapping[str, Any]) -> None:
-    """Check that the file of a `Found`, as plain values, is still what it was.
+    """Check that the file of a `Found`, as plain values, is unchanged.
 
     Raises:
-        WeightsError: it is gone, or holds something else.
+        WeightsError: it is missing, or has changed.
     """
     if found["file"] is None:
         return
@@ -144,42 +157,30 @@ def require_same_weights(found: Mapping[str, Any]) -> None:
         )
 
 
-def _found(asked: str, file: Path, name: str) -> Found:
-    return Found(asked, str(file), name, sha256_of(file))
+def _found(asked: str, file: Path, name: str, warning: str = "") -> Found:
+    return Found(asked, str(file), name, sha256_of(file), warning)
 
 
 def _best_checkpoint(folder: Path, asked: str) -> Path:
     """Return the best checkpoint of a trial, given its folder or the `checkpoints` in it."""
     if (folder / "checkpoints").is_dir():
         folder = folder / "checkpoints"
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if "kept" in manifest:
-            raise WeightsError(
-                f"weights {asked!r}: the checkpoints of this trial were not kept; raise "
-                "--keep-best, or train it again"
-            )
-        best = manifest["best"]
-        file, wanted = folder / str(best["file"]), best["sha256"]
-        intact = sha256_of(file) == wanted
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    if not (folder / MANIFEST).exists():
         raise WeightsError(
-            f"weights {asked!r}: no checkpoint of a trial in this folder "
-            f"({type(error).__name__}: {error}); give a file, or a folder such as "
-            "runs/NAME/trials/t0001"
-        ) from None
-    if not intact:
-        raise WeightsError(
-            f"weights {asked!r}: {file} is damaged: its SHA-256 is not the one in {MANIFEST}"
+            f"weights {asked!r}: no checkpoint of a trial in this folder; give a file, or a "
+            "folder such as runs/NAME/trials/t0001"
         )
-    return file
+    try:
+        return best_file(folder)
+    except CheckpointError as error:
+        raise WeightsError(f"weights {asked!r}: {error}") from None
 
 
 def _named(model: str) -> dict[str, _Named]:
-    """Return the weights for `model` that have names; none for a network of one's own."""
+    """Return the weights for `model` that have names; a custom network has none."""
     if is_timm(model):
         return {
-            tag: _Named(w.name, w.url, w.preprocessing, w.file_name, w.cached)
+            tag: _Named(w.name, w.url, w.preprocessing, _crop_warning(w), w.file_name, w.cached)
             for tag, w in weights_of(model).items()
         }
     if find_family(model) is None:
@@ -191,8 +192,13 @@ def _named(model: str) -> dict[str, _Named]:
     }
 
 
+def _tag(asked: str, named: Mapping[str, _Named]) -> str:
+    """Return the short name of weights that are called in full, as `Found.name` is, or `asked`."""
+    return next((tag for tag, weights in named.items() if weights.name == asked), asked)
+
+
 def _of_preset(preset: Any) -> Preprocessing:
-    """Return what torchvision's `ImageClassification` does."""
+    """Return the preprocessing of a preset of torchvision, an `ImageClassification`."""
     return Preprocessing(
         resize_size=preset.resize_size[0],
         crop_size=preset.crop_size[0],
@@ -202,37 +208,52 @@ def _of_preset(preset: Any) -> Preprocessing:
     )
 
 
+def _crop_warning(weights: TimmWeights) -> str:
+    if weights.crop_mode == "center":
+        return ""
+    return (
+        f"timm evaluates {weights.name} with crop_mode={weights.crop_mode!r}, on the whole image; "
+        "tuneapp crops the centre, so the edges of an image that is not square are not seen"
+    )
+
+
 def _require_named(model: str, name: str) -> _Named:
     named = _named(model)
+    name = _tag(name, named)
     if not named and is_timm(model):
         raise WeightsError(
-            f"weights {name!r}: timm has none for {model}; give None or 'auto' (random ones), a "
+            f"weights {name!r}: timm has none for {model}; give None or 'auto' (random weights), a "
             "file, or the folder of a trial"
         )
     if not named:
         raise WeightsError(
-            f"weights {name!r}: there are none by name for a network of your own ({model}); give "
-            "None or 'auto' (random ones), a file, or the folder of a trial"
+            f"weights {name!r}: there are none by name for a custom network ({model}); give None "
+            "or 'auto' (random weights), a file, or the folder of a trial"
         )
     if name not in named:
         raise WeightsError(
-            f"weights {name!r} of {model} are unknown{did_you_mean(name, named)}; known: "
+            f"weights {name!r} of {model} are unknown{_did_you_mean(name, named)}; known: "
             f"{', '.join(named)}, 'auto', None, or the path of a file or of a trial's folder"
         )
     return named[name]
 
 
+def _did_you_mean(name: str, named: Mapping[str, _Named]) -> str:
+    in_full = [weights.name for weights in named.values()]
+    return did_you_mean(name, in_full if "." in name else named)
+
+
 def preprocessing_of(config: TrialConfig, native_size: int | None) -> Preprocessing:
     """Return how images are prepared for a configuration's weights.
 
-    The weights' own evaluation preprocessing; for a trial's folder that trial's; for random weights
-    and files that of the model's default ones, and ImageNet's usual one for a network of one's own.
-    A size that differs keeps the proportion of resize to crop. `config.preprocess` has the last
-    word.
+    Named weights have an evaluation preprocessing of their own; the folder of a trial has that
+    trial's. Random weights and files use that of the model's default weights, and ImageNet's usual
+    one for a custom network. Another image size keeps the proportion of resize to crop.
+    `config.preprocess` overrides all of these.
 
     Args:
-        config: its model, weights, image size and preprocessing count.
-        native_size: size of data that come in one small size, used where nothing is asked.
+        config: its model, weights, image size and preprocessing are used.
+        native_size: size of data that come in one small size, used where `image_size` is None.
 
     Raises:
         ConfigError: images would be resized to less than what is then cropped from them.
@@ -250,7 +271,7 @@ def preprocessing_of(config: TrialConfig, native_size: int | None) -> Preprocess
     if resize < size:
         raise ConfigError(
             f"preprocess.resize_size {resize} is smaller than the {size} x {size} pixels that are "
-            f"then cropped; give at least {size}, or a smaller image_size"
+            f"cropped from the resized image; give at least {size}, or a smaller image_size"
         )
     mean, std = asked.mean or base.mean, asked.std or base.std
     return Preprocessing(
@@ -264,12 +285,13 @@ def preprocessing_of(config: TrialConfig, native_size: int | None) -> Preprocess
 
 def _evaluated_with(config: TrialConfig) -> Preprocessing:
     named = _named(config.model)
-    if config.weights is not None and config.weights not in named:
+    tag = None if config.weights is None else _tag(config.weights, named)
+    if config.weights is not None and tag not in named:
         theirs = _trained_with(Path(config.weights).expanduser())
         if theirs is not None:
             return theirs
-    if config.weights in named:
-        return named[config.weights].preprocessing
+    if tag in named:
+        return named[tag].preprocessing
     if is_timm(config.model):
         return usual_preprocessing(config.model)
     return named["DEFAULT"].preprocessing if named else _IMAGENET
@@ -280,29 +302,29 @@ def _trained_with(folder: Path) -> Preprocessing | None:
     for place in (folder, folder.parent):
         try:
             plain = json.loads((place / "config.json").read_text(encoding="utf-8"))
-            said = plain["preprocessing"]
-            colours = {name: tuple(said[name]) for name in ("mean", "std")}
-            return Preprocessing(**{**said, **colours})
+            values = plain["preprocessing"]
+            colours = {name: tuple(values[name]) for name in ("mean", "std")}
+            return Preprocessing(**{**values, **colours})
         except (OSError, ValueError, TypeError, KeyError):
-            continue  # no trial's folder, or one from before this was written down
+            continue  # no trial's folder, or one from before this was recorded
     return None
 
 
 def load_weights(network: nn.Module, config: TrialConfig, file: Path) -> LoadReport:
-    """Load the tensors in `file` into `network`, all but a head of another size.
+    """Load the tensors in `file` into `network`, except a head of another size.
 
-    Heads are the last layer and auxiliary classifiers, or the last stage of a network of one's own.
+    Heads are the last layer and auxiliary classifiers, or the last stage of a custom network.
 
     Args:
-        network: what `config.model` is, with random weights; left as it is if there is an error.
-        config: its model and `partial_weights` count.
+        network: that of `config.model`, with random weights; unchanged if there is an error.
+        config: its model and `partial_weights` are used.
         file: see `read_state_dict`.
 
     Raises:
-        WeightsError: the file is damaged, is not a state_dict, or holds numbers that are not
-            finite; nothing of it fits; or, without `partial_weights`, it belongs to another
-            network: backbone tensors have another shape, less than half of the backbone fits, or
-            more than a quarter of what the file holds is not of the backbone.
+        WeightsError: the file is damaged, is not a state_dict, or holds values that are not finite;
+            nothing of it fits; or, without `partial_weights`, it belongs to another network:
+            backbone tensors have another shape or kind of numbers, less than half of the backbone
+            fits, or more than a quarter of the file is not part of the backbone.
     """
     try:
         changed_ns = file.stat().st_mtime_ns
@@ -310,13 +332,13 @@ def load_weights(network: nn.Module, config: TrialConfig, file: Path) -> LoadRep
         raise WeightsError(f"weights {file} cannot be read: {error.strerror}") from None
     whole = network.state_dict()
     own = {name: tensor for name, tensor in whole.items() if isinstance(tensor, Tensor)}
-    named = named_as(own, read_state_dict(file, changed_ns))
-    if is_timm(config.model):
-        named = translated(network, named)
-    state = resized_for(network, named)
-    report = compare(own, state, interpolated=() if state is named else (POSITIONS,))
+    named = match_names(own, read_state_dict(file, changed_ns))
+    state = translated(network, named) if is_timm(config.model) else named
+    state = with_interpolated_positions(network, state)
+    resized = (n for n, t in named.items() if n in state and state[n].numel() != t.numel())
+    report = compare(own, state, interpolated=tuple(resized))
     share = _require_fit(own, state, report, _heads(network, config), config, file)
-    # Over the network's own, which keeps the version numbers that some layers ask for.
+    # Update the network's own state_dict: it has the version numbers that some layers check.
     whole.update({name: state[name] for name in report.loaded})
     network.load_state_dict(whole)
     if share < 1:
@@ -326,7 +348,7 @@ def load_weights(network: nn.Module, config: TrialConfig, file: Path) -> LoadRep
 
 
 def _heads(network: nn.Module, config: TrialConfig) -> tuple[str, ...]:
-    """Return the beginnings of the names of what may be of another size."""
+    """Return the prefixes of the names of tensors that may have another size."""
     family = find_family(config.model)
     if family is not None:
         return tuple(f"{name}." for name in family.heads)
@@ -342,9 +364,9 @@ def _require_fit(
     config: TrialConfig,
     file: Path,
 ) -> float:
-    """Return the share of the backbone's numbers that the file has; refuse another network's."""
+    """Return the share of the backbone that the file has; refuse another network's file."""
     backbone = {n: t for n, t in own.items() if not n.startswith(heads) and not is_counter(n)}
-    counted = backbone or own  # a network of a single stage is a head altogether
+    counted = backbone or own  # a network of a single stage is all head
     fitting = [counted[name] for name in report.loaded if name in counted]
     strange = [
         state[name]
@@ -353,26 +375,29 @@ def _require_fit(
     ]
     share = _share(fitting, list(counted.values()))
     of_file = _share(fitting, fitting + strange)
-    said = f"{file} fits {share:.0%} of {config.model}'s backbone"
+    fit = f"{file} fits {share:.0%} of {config.model}'s backbone"
     if not fitting:
-        raise WeightsError(f"{said}: it belongs to another network ({report})")
-    other_shape = any(name in backbone for name in report.other_shape)
+        raise WeightsError(
+            f"{fit}: it belongs to another network ({report}); give weights of {config.model}, or "
+            "None for random ones"
+        )
+    unfit = any(name in backbone for name in report.other_shape + report.other_kind)
     if config.partial_weights or not (
-        share < _LEAST_OF_NETWORK or of_file < _LEAST_OF_FILE or other_shape
+        share < _LEAST_OF_NETWORK or of_file < _LEAST_OF_FILE or unfit
     ):
         return share
     if share >= _LEAST_OF_NETWORK and of_file < _LEAST_OF_FILE:
-        said += f", which is {of_file:.0%} of what it holds"
+        fit += f", which is {of_file:.0%} of the file"
     raise WeightsError(
-        f"{said}: it belongs to another network ({report}); to load what fits all the same, set "
-        "partial_weights=True"
+        f"{fit}: it belongs to another network ({report}); to load the tensors that fit anyway, "
+        "set partial_weights=True"
     )
 
 
 def _share(part: list[Tensor], whole: list[Tensor]) -> float:
-    """Return the share of the numbers or of the tensors, whichever is less.
+    """Return the share of the parameters or of the tensors, whichever is less.
 
-    The dense layers of a VGG are nine tenths of its numbers, whatever its convolutions are.
+    The dense layers of a VGG are nine tenths of its parameters, whatever its convolutions are.
     """
-    numbers = sum(t.numel() for t in part) / max(sum(t.numel() for t in whole), 1)
-    return min(numbers, len(part) / max(len(whole), 1))
+    parameters = sum(t.numel() for t in part) / max(sum(t.numel() for t in whole), 1)
+    return min(parameters, len(part) / max(len(whole), 1))

@@ -102,7 +102,7 @@ def test_fault_01_a_validation_split_of_another_name_is_drawn_and_the_folder_tol
     images = read_images(Data(source=str(photos)), seed=0)
     assert {e.path.split("/")[0] for e in images.of("val")} == {"train"}
     (told,) = [f.words for f in cheap_findings(images) if f.kind == "not images"]
-    assert "v lies beside the folders of the splits, and is not read" in told
+    assert "v is beside the folders of the splits, and is not read" in told
 
 
 @pytest.mark.parametrize("part", ["val", "test"])
@@ -138,7 +138,7 @@ def test_fault_03_a_class_that_only_another_split_has_is_refused_by_name(
 ) -> None:
     shutil.copytree(divided / part / "red", divided / part / "zz")
     error = refused(capsys, "sweep", write_space(), "--data", divided)
-    assert f"{divided / part} has zz besides" in error
+    assert f"{divided / part} also has zz" in error
 
 
 def test_fault_04_an_empty_class_folder_is_refused_and_a_hidden_one_is_none(
@@ -313,7 +313,7 @@ def test_fault_09_a_link_that_loops_is_not_followed_and_a_leak_is_warned_of(
     shutil.copy(divided / "train/blue/00.jpg", divided / "val/blue/99.jpg")
     assert train("--data", divided) == 0
     told = " ".join(capsys.readouterr().err.split())
-    assert "1 image(s) are there several times, with the same file content" in told
+    assert "1 image(s) occur several times, with the same file content" in told
     assert "train/blue/00.jpg = val/blue/99.jpg" in told
     assert "train/red/self is a link to a folder, which is not followed" in told
     warnings = json.loads((RUN / "run.json").read_text())["warnings"]
@@ -364,7 +364,7 @@ def test_fault_11_a_run_whose_images_changed_does_not_go_on_until_they_are_back(
         change()
         error = refused(capsys, "resume", RUN)
         assert "1 of 24 images in" in error
-        assert "gone or have changed since this run began: red/00.jpg" in error
+        assert "missing or have changed since this run began: red/00.jpg" in error
     assert (RUN / "ledger.jsonl").read_bytes() == before
     file.write_bytes(content)
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))

@@ -17,7 +17,7 @@ import pytest
 import torch
 from optuna.trial import TrialState
 
-import tuneapp.trial as trial
+import tuneapp.training as training
 from tests.conftest import read_ledger
 from tests.faults.refusal import interrupt_after, numbers, refused, write_space
 from tests.killing import forked
@@ -58,7 +58,7 @@ def test_fault_57_a_gpu_without_memory_ends_the_trial_alone_and_the_search_learn
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    really = trial.train_one_epoch
+    really = training.train_one_epoch
 
     def run_out(*args: Any, epoch: int, **options: Any) -> Any:
         if epoch == 2:
@@ -67,7 +67,7 @@ def test_fault_57_a_gpu_without_memory_ends_the_trial_alone_and_the_search_learn
             )
         return really(*args, epoch=epoch, **options)
 
-    monkeypatch.setattr(trial, "train_one_epoch", run_out)
+    monkeypatch.setattr(training, "train_one_epoch", run_out)
     assert main([*words, "x"]) == 2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if "error" in x]
     assert line.startswith("tuneapp: error: out of memory: OutOfMemoryError: CUDA out of memory")

@@ -14,6 +14,7 @@ import torch
 from optuna.trial import TrialState
 from torch import Tensor, nn
 
+import tuneapp.training as training
 import tuneapp.trial as trial
 from tests.conftest import SMALL_SPACE, read_ledger
 from tests.test_trial import SMALL, ignore, interrupt_after, timeless
@@ -256,7 +257,7 @@ def test_fault_30_an_infinite_gradient_skips_the_step_under_float16_and_is_count
         return trained
 
     begun(watch)
-    monkeypatch.setattr(trial, "train_one_epoch", told)
+    monkeypatch.setattr(training, "train_one_epoch", told)
     rows: list[Row] = []
     config = replace(small, amp="fp16", optimizer=AdamW(lr=1e-3), **clip)
     state = run_trial(replace(config, epochs=2), run, rows.append)

@@ -175,7 +175,7 @@ def test_fault_41_without_its_own_processes_ray_is_started_anew_or_the_sweep_end
     kill_of_ray(process.pid, "gcs_server")
     _, err = process.communicate(timeout=30)
     assert process.returncode == 5, err
-    assert "raylet process ended: it is started anew" in err
+    assert "raylet process ended: restarting it" in err
     assert f"resume {run}" in err
     _, err = (again := tuneapp("resume", run, cwd=tmp_path)).communicate(timeout=170)
     assert again.returncode == 0, err

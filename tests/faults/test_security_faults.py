@@ -23,7 +23,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import tuneapp
-import tuneapp.trial as trial
+import tuneapp.training as training
 from tests.conftest import SMALL_SPACE, read_ledger
 from tests.test_checkpoint import Touch
 from tests.test_trial import table
@@ -333,7 +333,7 @@ def test_fault_77_a_trial_id_that_leads_elsewhere_is_refused(
     error = capsys.readouterr().err
     assert f"--trial {trial_id}".replace("\x1b", "\\x1b") in error
     assert everything(run.parent) == before
-    with pytest.raises(RunError, match="is no trial id"):
+    with pytest.raises(RunError, match="is not a trial id"):
         load_model(run, trial_id)
 
 
@@ -348,7 +348,7 @@ def test_fault_77_a_trial_id_in_a_ledger_that_leads_elsewhere_is_refused(
     before = set(everything(tmp_path))
     for words in (["resume", "runs/x"], ["final-test", "runs/x", "--trial=../../../x"]):
         assert main(words) == 2
-        assert "is no trial id" in capsys.readouterr().err
+        assert "is not a trial id" in capsys.readouterr().err
     assert set(everything(tmp_path)) - before <= {"runs/x/.lock", "runs/x/study.log"}
 
 
@@ -385,7 +385,7 @@ def test_fault_78_no_token_is_in_any_file_or_line_of_a_run(
         def broken(*_: object) -> object:
             raise RuntimeError("boom")
 
-        monkeypatch.setattr(trial, "evaluate", broken)
+        monkeypatch.setattr(training, "evaluate", broken)
         with suppress(RuntimeError):  # a bug keeps its traceback
             main(words)
     else:

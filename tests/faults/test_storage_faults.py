@@ -582,7 +582,7 @@ def test_fault_53_the_study_goes_on_whatever_becomes_of_its_mirror(
     if fault == "locked by somebody else":  # who held it for so long is taken for dead
         assert read_back(file)[1] == known(study)
     elif fault == "unwritable":
-        assert "the sweep goes on" in caplog.text
+        assert "the sweep continues" in caplog.text
 
 
 # --- 54, 55: folders of elsewhere and of before ---------------------------------------------------

@@ -139,7 +139,8 @@ def test_fault_22_a_cached_file_that_is_not_what_its_name_says_is_refused(
     content = (cache / RESNET18).read_bytes()
     error = refused(capsys, "sweep", with_weights("DEFAULT", "resnet18"), "--data", photos)
     assert f"{cache / RESNET18} is damaged" in error
-    assert f"begins with {hashlib.sha256(content).hexdigest()[:8]}, its name says f37072fd" in error
+    begins = hashlib.sha256(content).hexdigest()[:8]
+    assert f"begins with {begins}, but its name says f37072fd" in error
     assert "delete it" in error
     assert [path.name for path in cache.iterdir()] == [RESNET18]
     assert (cache / RESNET18).read_bytes() == content
@@ -190,7 +191,7 @@ def test_fault_23_without_network_and_cache_the_message_says_where_to_put_the_fi
         began = time.monotonic()
         error = refused(capsys, "sweep", with_weights("DEFAULT", "resnet18"), "--data", photos)
         assert time.monotonic() - began < 5
-    assert f"http://{host}/{RESNET18} cannot be fetched" in error
+    assert f"http://{host}/{RESNET18} cannot be downloaded" in error
     assert f"put the file at {cache / RESNET18}" in error
     assert left(cache) == []
 
@@ -243,7 +244,7 @@ def test_fault_24_a_part_of_a_network_is_refused_unless_it_is_asked_for(
     saved(part, Path("part.pth"))
     error = refused(capsys, "sweep", with_weights("./part.pth"), "--data", photos)
     assert "of tests.states:OwnNet's backbone" in error
-    assert "to load what fits all the same, set partial_weights=True" in error
+    assert "to load the tensors that fit anyway, set partial_weights=True" in error
     space = Path(with_weights("./part.pth"))
     space.write_text(
         space.read_text().replace("freeze_depth", "partial_weights=True, freeze_depth")
@@ -265,7 +266,7 @@ def test_fault_25_numbers_that_are_not_finite_are_refused_by_the_name_of_their_t
     own_state["body.0.bias"][3] = value
     file = saved(own_state, Path(name))
     error = refused(capsys, "sweep", with_weights(f"./{name}"), "--data", photos)
-    assert f"{file.absolute()}: body.0.bias holds NaN or infinite numbers" in error
+    assert f"{file.absolute()}: body.0.bias holds NaN or infinite values" in error
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -399,7 +400,7 @@ def test_fault_26_a_bomb_ends_a_sweep_before_it_begins(
 ) -> None:
     partial(deflated, numbers=1_000_000)(Path(name)) if "pth" in name else long_header(Path(name))
     error = refused(capsys, "sweep", with_weights(f"./{name}"), "--data", photos)
-    assert f"{name} is not a readable file of plain weights (it speaks of " in error
+    assert f"{name} is not a readable file of plain weights (its " in error
 
 
 def test_fault_26_the_largest_that_is_honest_is_read(own_state: State, tmp_path: Path) -> None:

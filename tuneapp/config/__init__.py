@@ -1,11 +1,11 @@
 """What a trial is (searched) and how it is run (never searched), as typed, checked values.
 
-Every class is frozen and keyword-only, so that a typo in a search space is a `TypeError` on the
-user's own line. Wrong values are collected and reported together. This package imports nothing but
-the standard library: search-space files import it, and `tuneapp show` stays fast.
+Every class is frozen and keyword-only, so a typo in a search space is a `TypeError` on the line of
+the typo. Wrong values are collected and reported together. This package imports only the standard
+library: search-space files import it, and `tuneapp show` stays fast.
 """
 
-from tuneapp.config.checks import METRIC_MODES, METRICS, Metric, is_metric, is_reference
+from tuneapp.config.checks import METRICS, Metric, is_metric, is_reference, metric_mode
 from tuneapp.config.data import BAD_IMAGES, EMBEDDED, BadImages, Data
 from tuneapp.config.losses import (
     BceDice,
@@ -41,7 +41,6 @@ __all__ = [
     "BAD_IMAGES",
     "EMBEDDED",
     "METRICS",
-    "METRIC_MODES",
     "Adam",
     "AdamW",
     "Amp",
@@ -79,4 +78,5 @@ __all__ = [
     "is_better",
     "is_metric",
     "is_reference",
+    "metric_mode",
 ]

@@ -5,7 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from tuneapp.config.checks import Checked, is_number, is_reference, is_whole, one_of, require
+from tuneapp.config.checks import (
+    Checked,
+    file_reference,
+    in_interval,
+    is_reference,
+    is_whole,
+    one_of,
+    require,
+)
 
 EMBEDDED = "digits"
 BadImages = Literal["drop", "substitute", "error"]
@@ -27,28 +35,28 @@ class Data(Checked):
             `torchvision:CIFAR10`; or the import path of a function, `package.module:name`, that
             returns a `torch.utils.data.Dataset` of (image, label).
         label_regex: for a flat folder: the label is the first group of the match in a file's path
-            below it, or the whole match where there is no group.
-        path_column: of a table: paths, absolute or from the table's folder; default `path`.
+            below the folder, or the whole match if there is no group.
+        path_column: of a table: paths, absolute or relative to the table's folder; default `path`.
         label_column: of a table: the class, or, with `label_separator`, the classes; or several
-            columns of 0 and 1, a class each. Default `label`.
-        label_separator: what stands between the classes of one image; makes it multi-label.
-        split_column: of a table: `train`, `val` or `test`; default `split`, where there is one.
+            columns of 0 and 1, one per class. Default `label`.
+        label_separator: text between the classes of one image; makes the data set multi-label.
+        split_column: of a table: `train`, `val` or `test`; default `split`, if the table has it.
         weight_column: how often an image is drawn relative to others, with
-            `sampling="weighted"`; default `weight`, where there is one.
-        group_column: images of one group (a patient, a burst of photos) are never on both sides
-            of a split; default `group`, where there is one.
-        group_regex: likewise, by the first group of the match in an image's path.
-        classes: the classes in the order of their labels; default: all that there are, sorted.
-        data_root: where the files of a torchvision data set are, or are downloaded to.
-        folds: each trial is trained so many times, each time validated on another part of the
-            images that are not for testing; its score is the mean.
-        val_share: in (0, 1): of the images left by the test split, how many are for validation,
-            where the data has no such split of its own; of whole groups, the nearest 1 in n.
-        test_share: in [0, 1): of the images that are held out for `final-test`, likewise.
-        bad_images: what becomes of those that cannot be read: `drop`; `substitute`, in training,
-            another example of the same class, drawn anew in each epoch (those of the validation
-            split are dropped); or `error`.
-        exclude: a file that names images to leave out, one path a line, such as `doctor` writes.
+            `sampling="weighted"`; default `weight`, if the table has it.
+        group_column: images of one group (a patient, a burst of photos) are never in different
+            splits; default `group`, if the table has it.
+        group_regex: the group is the first group of the match in an image's path.
+        classes: the classes in the order of their labels; default: all that are found, sorted.
+        data_root: the folder for the files of a torchvision data set.
+        folds: number of times that each trial is trained, each time validated on another part of
+            the images outside the test split; its score is the mean.
+        val_share: in (0, 1): share of the images outside the test split that is held out for
+            validation, if the data set has no such split; of whole groups, the nearest 1 in n.
+        test_share: in [0, 1): share of all images that is held out for `final-test`, likewise.
+        bad_images: how unreadable images are treated: `drop`; `substitute`: in training, another
+            example of the same class, drawn anew in each epoch (in validation they are dropped);
+            or `error`.
+        exclude: a file that names images to leave out, one path per line, as `doctor` writes it.
     """
 
     source: str = EMBEDDED
@@ -69,7 +77,7 @@ class Data(Checked):
     exclude: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("label_column", "classes"):  # hashable, as a value of settings should be
+        for name in ("label_column", "classes"):  # tuples, so that `Data` is hashable
             given = getattr(self, name)
             if isinstance(given, list):
                 object.__setattr__(self, name, tuple(given))
@@ -87,15 +95,15 @@ class Data(Checked):
 
     @property
     def is_own(self) -> bool:
-        """Whether it is the import path of the user's own Dataset."""
+        """Whether it is the import path of a user-defined Dataset."""
         return is_reference(self.source) and not self.source.startswith("torchvision:")
 
     def _mistakes(self) -> list[str]:
         if not isinstance(self.source, str) or not self.source:
             return require(False, "source", self.source, "a path or a name")
+        if ".py:" in self.source:
+            return file_reference("source", self.source)
         folds_ok = self.folds is None or is_whole(self.folds, 2)
-        val_ok = is_number(self.val_share) and 0 < self.val_share < 1
-        test_ok = is_number(self.test_share) and 0 <= self.test_share < 1
         names_ok = self.classes is None or _are_names(self.classes)
         label = self.label_column
         label_ok = label is None or (isinstance(label, str) and label != "") or _are_names(label)
@@ -106,14 +114,14 @@ class Data(Checked):
             *require(label_ok, "label_column", label, "a column, or two or more different ones"),
             *(mistake for name in _TEXTS for mistake in _text(name, getattr(self, name))),
             *require(folds_ok, "folds", self.folds, "None or a whole number >= 2"),
-            *require(val_ok, "val_share", self.val_share, "a number in (0, 1)"),
-            *require(test_ok, "test_share", self.test_share, "a number in [0, 1)"),
+            *in_interval("val_share", self.val_share, "(0, 1)"),
+            *in_interval("test_share", self.test_share, "[0, 1)"),
             *one_of("bad_images", self.bad_images, BAD_IMAGES),
             *self._misplaced(),
         ]
 
     def _misplaced(self) -> list[str]:
-        """Return which fields have no meaning for this source: nothing is silently ignored."""
+        """Return which fields do not apply to this source: nothing is silently ignored."""
         table_only = {
             "path_column": self.path_column,
             "label_column": self.label_column,
@@ -123,20 +131,20 @@ class Data(Checked):
             "group_column": self.group_column,
         }
         mistakes = [
-            f"{name} goes with a .csv or .parquet table, and source is {self.source!r}"
+            f"{name} needs a .csv or .parquet table, and source is {self.source!r}"
             for name, value in table_only.items()
             if value is not None and not self.is_table
         ]
         if self.label_separator is not None and isinstance(self.label_column, tuple):
-            mistakes.append("label_separator and several label columns: give one of them")
+            mistakes.append("give either label_separator or several label columns, not both")
         if self.data_root is not None and not self.source.startswith("torchvision:"):
-            mistakes.append(f"data_root goes with torchvision:NAME, and source is {self.source!r}")
+            mistakes.append(f"data_root needs torchvision:NAME, and source is {self.source!r}")
         if self.label_regex is not None and (self.is_table or self.is_dataset):
-            mistakes.append(f"label_regex goes with a folder, and source is {self.source!r}")
+            mistakes.append(f"label_regex needs a folder, and source is {self.source!r}")
         if self.group_regex is not None and self.group_column is not None:
-            mistakes.append("group_regex and group_column: give one of them")
+            mistakes.append("give either group_regex or group_column, not both")
         if self.group_regex is not None and self.is_dataset:
-            mistakes.append("group_regex looks at paths, and the images of a Dataset have none")
+            mistakes.append("group_regex matches paths, and the images of a Dataset have none")
         return mistakes
 
 

@@ -1,4 +1,8 @@
-"""Optimizers: torch's names, and SGD with the momentum that fine-tuning uses."""
+"""Optimizers: torch's own, with the defaults of torch, but for SGD's momentum of 0.9.
+
+`lr`: base learning rate. The head trains at `lr * head_lr_factor`, a stage d stages below it at
+`lr * lr_ratio ** d`.
+"""
 
 from dataclasses import dataclass
 
@@ -6,7 +10,7 @@ from tuneapp.config.checks import (
     Checked,
     above_zero,
     at_least_zero,
-    fraction,
+    in_interval,
     is_number,
     require,
     true_or_false,
@@ -15,7 +19,7 @@ from tuneapp.config.checks import (
 
 @dataclass(frozen=True, kw_only=True)
 class Sgd(Checked):
-    """`torch.optim.SGD`. `lr` is the head's learning rate; the stages below follow `lr_ratio`."""
+    """`torch.optim.SGD`. `lr` is the base learning rate, as above."""
 
     lr: float
     momentum: float = 0.9
@@ -27,7 +31,7 @@ class Sgd(Checked):
         nesterov_ok = self.nesterov is False or (self.nesterov is True and has_momentum)
         return [
             *above_zero("lr", self.lr),
-            *fraction("momentum", self.momentum),
+            *in_interval("momentum", self.momentum, "[0, 1)"),
             *at_least_zero("weight_decay", self.weight_decay),
             *require(
                 nesterov_ok,
@@ -40,7 +44,7 @@ class Sgd(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class Adam(Checked):
-    """`torch.optim.Adam` (weight decay is an L2 penalty). `lr` is the head's learning rate."""
+    """`torch.optim.Adam` (weight decay is an L2 penalty). `lr` is the base learning rate."""
 
     lr: float
     beta1: float = 0.9
@@ -50,22 +54,22 @@ class Adam(Checked):
     def _mistakes(self) -> list[str]:
         return [
             *above_zero("lr", self.lr),
-            *fraction("beta1", self.beta1),
-            *fraction("beta2", self.beta2),
+            *in_interval("beta1", self.beta1, "[0, 1)"),
+            *in_interval("beta2", self.beta2, "[0, 1)"),
             *at_least_zero("weight_decay", self.weight_decay),
         ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW(Adam):
-    """`torch.optim.AdamW` (weight decay is decoupled). `lr` is the head's learning rate."""
+    """`torch.optim.AdamW` (weight decay is decoupled). `lr` is the base learning rate."""
 
     weight_decay: float = 1e-2
 
 
 @dataclass(frozen=True, kw_only=True)
 class RmsProp(Checked):
-    """`torch.optim.RMSprop`. `lr` is the head's learning rate.
+    """`torch.optim.RMSprop`. `lr` is the base learning rate.
 
     The defaults are torch's; torchvision's MobileNetV3 recipe has alpha 0.9, momentum 0.9 and eps
     0.0316.
@@ -81,9 +85,9 @@ class RmsProp(Checked):
     def _mistakes(self) -> list[str]:
         return [
             *above_zero("lr", self.lr),
-            *fraction("alpha", self.alpha),
+            *in_interval("alpha", self.alpha, "[0, 1)"),
             *above_zero("eps", self.eps),
-            *fraction("momentum", self.momentum),
+            *in_interval("momentum", self.momentum, "[0, 1)"),
             *true_or_false("centered", self.centered),
             *at_least_zero("weight_decay", self.weight_decay),
         ]

@@ -1,4 +1,4 @@
-"""Where and how trials run, and what makes one better than another."""
+"""Where and how trials run, and how they are compared."""
 
 import json
 from collections.abc import Mapping
@@ -17,6 +17,7 @@ from tuneapp.config.checks import (
 )
 from tuneapp.config.data import Data
 from tuneapp.config.trial import TrialConfig
+from tuneapp.errors import did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +34,9 @@ class RunSettings(Checked):
         image_size: replaces every trial's `image_size`.
         device: `auto` is the trial's GPU where it has one, else the CPU.
         store_budget: bytes that the decoded images of all data sets may take on this machine's
-            disk; what does not fit is decoded at each use. None is half of the free space.
-        workers: processes of each trial that make its batches; None is none for stored images, and
-            one for each of the trial's CPU threads for those decoded at each use.
+            disk; what does not fit is decoded at each use. None means half of the free space.
+        workers: processes of each trial that make its batches; None means none for stored images,
+            and one for each of the trial's CPU threads for those decoded at each use.
     """
 
     data: Data = field(default_factory=Data)
@@ -49,6 +50,7 @@ class RunSettings(Checked):
 
     def _mistakes(self) -> list[str]:
         epochs_ok = self.max_epochs is None or is_whole(self.max_epochs, 1)
+        near = did_you_mean(str(self.metric), [f"val/{name}" for name in METRICS])
         size_ok = self.image_size is None or is_whole(self.image_size, 16)
         budget_ok = self.store_budget is None or is_whole(self.store_budget, 0)
         workers_ok = self.workers is None or is_whole(self.workers, 0)
@@ -58,11 +60,17 @@ class RunSettings(Checked):
             *require(budget_ok, "store_budget", self.store_budget, "None or bytes >= 0"),
             *require(workers_ok, "workers", self.workers, "None or a whole number >= 0"),
             *whole("seed", self.seed, 0),
-            *require(
-                is_metric(self.metric), "metric", self.metric, f"one of {names}, val/recall/CLASS"
+            *(
+                mistake + near
+                for mistake in require(
+                    is_metric(self.metric),
+                    "metric",
+                    self.metric,
+                    f"one of {names}, val/recall/CLASS",
+                )
             ),
             *one_of("device", self.device, ("auto", "cpu", "cuda")),
-            *require(epochs_ok, "epochs", self.max_epochs, "a whole number >= 1"),
+            *require(epochs_ok, "max_epochs", self.max_epochs, "a whole number >= 1"),
             *require(size_ok, "image_size", self.image_size, "a whole number >= 16"),
         ]
 
@@ -72,9 +80,9 @@ class RunSettings(Checked):
         return metric_mode(self.metric)
 
     def applied_to(self, config: TrialConfig) -> TrialConfig:
-        """Return `config` under this run's ceiling on epochs and its image size.
+        """Return `config` with this run's ceiling on epochs and its image size.
 
-        Epochs beyond the ceiling do not come, nor does what was to be unfrozen in them.
+        Epochs beyond the ceiling are dropped, and so is the unfreezing planned for them.
         """
         epochs = min(config.epochs, self.max_epochs or config.epochs)
         return replace(
@@ -86,12 +94,12 @@ class RunSettings(Checked):
 
 
 def is_better(value: float, than: float | None, mode: Literal["max", "min"]) -> bool:
-    """Whether `value` beats `than` (None: nothing yet); of equals, the first stays."""
+    """Whether `value` beats `than` (None: no value yet); of equal values, the first stays."""
     if than is None:
         return True
     return value > than if mode == "max" else value < than
 
 
 def canonical_json(plain: Mapping[str, Any]) -> str:
-    """Return one spelling of `plain`: sorted keys, no spaces, finite numbers only."""
+    """Return the canonical JSON of `plain`: sorted keys, no spaces, finite numbers only."""
     return json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False)

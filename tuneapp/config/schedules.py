@@ -10,18 +10,17 @@ from itertools import pairwise
 from typing import Literal
 
 from tuneapp.config.checks import (
-    METRIC_MODES,
+    MONITORS,
     Checked,
     Metric,
     above_zero,
     at_least_zero,
-    between,
+    in_interval,
     is_number,
     is_whole,
     one_of,
     reference,
     require,
-    share,
     whole,
 )
 
@@ -60,7 +59,7 @@ class Step(_WarmedUp):
         return [
             *super()._mistakes(),
             *whole("every_epochs", self.every_epochs, 1),
-            *share("gamma", self.gamma),
+            *in_interval("gamma", self.gamma, "(0, 1]"),
         ]
 
 
@@ -85,23 +84,31 @@ class MultiStep(_WarmedUp):
             *require(
                 ok, "milestones", self.milestones, "rising whole numbers >= 1, such as [3, 6]"
             ),
-            *share("gamma", self.gamma),
+            *in_interval("gamma", self.gamma, "(0, 1]"),
         ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exponential(_WarmedUp):
-    """`torch.optim.lr_scheduler.ExponentialLR`: smaller at each step, by `gamma` in an epoch."""
+    """`torch.optim.lr_scheduler.ExponentialLR`: smaller at each step, by `gamma` in an epoch.
+
+    torch documents it per epoch; per step it is smooth within an epoch and has the same values at
+    the ends of epochs.
+    """
 
     gamma: float
 
     def _mistakes(self) -> list[str]:
-        return [*super()._mistakes(), *share("gamma", self.gamma)]
+        return [*super()._mistakes(), *in_interval("gamma", self.gamma, "(0, 1]")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Polynomial(_WarmedUp):
-    """`torch.optim.lr_scheduler.PolynomialLR`: down to zero as `(1 - t) ** power`."""
+    """`torch.optim.lr_scheduler.PolynomialLR`: down to zero as `(1 - t) ** power`.
+
+    torch documents it per epoch; per step it is smooth within an epoch and has the same values at
+    the ends of epochs.
+    """
 
     power: float = 1.0
 
@@ -111,12 +118,20 @@ class Polynomial(_WarmedUp):
 
 @dataclass(frozen=True, kw_only=True)
 class Cosine(_WarmedUp):
-    """`torch.optim.lr_scheduler.CosineAnnealingLR`: one half cosine down to zero."""
+    """`torch.optim.lr_scheduler.CosineAnnealingLR`: one half cosine down to zero.
+
+    torch documents it per epoch; per step it is smooth within an epoch and has the same values at
+    the ends of epochs. There is no `eta_min`: torch's is one number for all parameter groups, which
+    would change the ratios between the stages.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class CosineRestarts(_WarmedUp):
     """`torch.optim.lr_scheduler.CosineAnnealingWarmRestarts`: half cosines, each from the top.
+
+    It is stepped after each optimizer step, which torch documents too. There is no `eta_min`, for
+    the reason given at `Cosine`.
 
     Attributes:
         first_epochs: length of the first one (torch's `T_0`).
@@ -138,7 +153,7 @@ class CosineRestarts(_WarmedUp):
 class OneCycle(Checked):
     """`torch.optim.lr_scheduler.OneCycleLR`: up to `lr`, its peak, and down to almost nothing.
 
-    The rise takes `pct_start` of all steps, and two at least.
+    The rise takes `pct_start` of all steps, and at least two, so that the peak is reached.
 
     The momentum (Adam: beta1) stays where the optimizer's configuration puts it.
     """
@@ -149,7 +164,7 @@ class OneCycle(Checked):
 
     def _mistakes(self) -> list[str]:
         return [
-            *between("pct_start", self.pct_start),
+            *in_interval("pct_start", self.pct_start, "(0, 1)"),
             *above_zero("div_factor", self.div_factor),
             *above_zero("final_div_factor", self.final_div_factor),
         ]
@@ -175,7 +190,7 @@ class Cyclic(_WarmedUp):
         return [
             *super()._mistakes(),
             *whole("up_epochs", self.up_epochs, 1),
-            *between("base_factor", self.base_factor),
+            *in_interval("base_factor", self.base_factor, "(0, 1)"),
             *one_of("mode", self.mode, ("triangular", "triangular2")),
         ]
 
@@ -188,11 +203,14 @@ class Plateau(_WarmedUp):
 
     Attributes:
         factor: in (0, 1).
-        patience: so many epochs without improvement are borne.
-        threshold: an improvement is one by more than this share.
+        patience: this many epochs without improvement are tolerated.
+        threshold: only a relative improvement by more than this counts.
         cooldown: epochs after a reduction that do not count.
-        monitor: `val/loss` (lower is better), which is cross-entropy whatever is minimised, or
-            `val/accuracy` (higher is), which suits losses of each class against the rest.
+        monitor: `val/loss` (lower is better), which is cross-entropy whatever is minimised; or
+            `val/accuracy`, `val/balanced_accuracy` or `val/macro_f1` (higher is better), which suit
+            losses of each class against the rest.
+        min_factor: in [0, 1): no stage falls below this share of its own learning rate (torch's
+            `min_lr` for each parameter group).
     """
 
     factor: float = 0.1
@@ -200,21 +218,23 @@ class Plateau(_WarmedUp):
     threshold: float = 1e-4
     cooldown: int = 0
     monitor: Metric = "val/loss"
+    min_factor: float = 0.0
 
     def _mistakes(self) -> list[str]:
         return [
             *super()._mistakes(),
-            *between("factor", self.factor),
+            *in_interval("factor", self.factor, "(0, 1)"),
             *whole("patience", self.patience, 0),
             *at_least_zero("threshold", self.threshold),
             *whole("cooldown", self.cooldown, 0),
-            *one_of("monitor", self.monitor, tuple(METRIC_MODES)),
+            *one_of("monitor", self.monitor, MONITORS),
+            *in_interval("min_factor", self.min_factor, "[0, 1)"),
         ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class OwnSchedule(_WarmedUp):
-    """`torch.optim.lr_scheduler.LambdaLR` over a function of your own.
+    """`torch.optim.lr_scheduler.LambdaLR` over a custom function.
 
     Attributes:
         factor: import path, such as `package.module:name`, of a function

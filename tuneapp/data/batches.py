@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from tuneapp.data.pixels import Preprocessing
-from tuneapp.data.sampling import Draw, batch_seed
+from tuneapp.data.sampling import Draw, batch_seed, num_batches
 from tuneapp.data.store import Store
 from tuneapp.data.views import Key, KeyedViews, View
 from tuneapp.errors import DataError, TrialError
@@ -21,16 +21,16 @@ Batch = tuple[Tensor, Tensor]
 PREFETCH = 4
 """Batches that each worker process makes in advance."""
 WORKER_TIMEOUT_S = 120.0
-"""After so long without a batch, a worker is taken for hung; later where batches are large."""
+"""After this time without a batch, a worker counts as hung; later if batches are large."""
 SLOW_IMAGE_S = 5.0
 
 
 class WorkerLost(TrialError, RuntimeError):  # noqa: N818 - it is what happened
-    """A process that makes batches has died, or hangs; the same trial may well succeed."""
+    """A process that makes batches has died, or hangs; the same trial may succeed later."""
 
 
 class Sampler(Protocol):
-    """What says which examples an epoch has."""
+    """Chooses the examples of each epoch."""
 
     @property
     def num_examples(self) -> int:
@@ -58,19 +58,19 @@ class Batches:
         channels_last: bool = False,
         workers: int = 0,
     ) -> None:
-        """Take what `sampler` draws.
+        """Make batches of the examples that `sampler` draws.
 
         Args:
-            store: where labels and pixels are.
-            sampler: which examples, in which order.
-            view: what is made of each image.
+            store: labels and pixels.
+            sampler: the examples, and their order.
+            view: makes the view of each image.
             preprocessing: how views are normalised.
             batch_size: examples of a batch.
-            device: where the batches go.
-            join_single: let a single leftover join the batch before it: BatchNorm cannot be
-                trained on a batch of one example with one pixel left.
+            device: device of the batches.
+            join_single: let a single leftover example join the batch before it, as `num_batches`
+                counts; for training.
             mix: mixes the images of a batch, and their labels.
-            mix_seed: what that is drawn from.
+            mix_seed: seed of that.
             channels_last: the memory format of the images.
             workers: processes that make the views; 0 makes them here.
         """
@@ -78,14 +78,15 @@ class Batches:
         self._sampler = sampler
         self._device = device
         self._join_single = join_single
-        self._mix = mix
+        self.view = view
+        self.mix = mix
         self._mix_seed = mix_seed
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
         self.batch_size = batch_size
         self.workers = workers
         self._mean = torch.tensor(preprocessing.mean, device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(preprocessing.std, device=device).view(1, 3, 1, 1)
-        if device.type == "cuda":  # one for all epochs: each stream has memory of its own
+        if device.type == "cuda":  # one for all epochs: each stream has separate memory
             self._aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._keys = _Keys()
         self._loader = DataLoader(
@@ -98,7 +99,7 @@ class Batches:
             persistent_workers=workers > 0,
             prefetch_factor=PREFETCH if workers else None,
             timeout=max(WORKER_TIMEOUT_S, SLOW_IMAGE_S * batch_size) if workers else 0,
-            # Its own, or it would draw from the training's.
+            # Not torch's, from which the training draws.
             generator=torch.Generator(),
         )
 
@@ -135,24 +136,24 @@ class Batches:
             yield self._mixed(images, labels_here, epoch, number)
 
     def _views(self) -> Iterator[Tensor]:
-        """Make the views; a worker's error becomes the one line that it would be here."""
+        """Make the views; a worker's error becomes the one line that it is without workers."""
         try:
             yield from self._loader
         except DataError as error:
             _, _, line = str(error).rpartition(f"{DataError.__module__}.{DataError.__name__}: ")
             raise DataError(line.strip()) from None
-        except RuntimeError as error:  # torch has no error of its own for these
+        except RuntimeError as error:  # torch has no class for these
             if "DataLoader worker" in str(error):
                 how = "ended unexpectedly; the kernel's log says whether memory ran out"
             elif "DataLoader timed out" in str(error):
                 how = "hangs"
             else:
                 raise
-            # `failures.py` knows it by these words.
+            # `failures.py` recognises it by these words.
             raise WorkerLost(f"a DataLoader worker, which makes batches, {how} ({error})") from None
 
     def _on_device(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Normalise batches on the device; on a GPU, one ahead, beside the work of the last one."""
+        """Normalise batches on the device; on a GPU, one ahead of the training."""
         if self._device.type != "cuda":
             for views, labels in batches:
                 yield self._normalised(views), labels
@@ -169,7 +170,7 @@ class Batches:
             yield self._taken_over(*ready)
 
     def _taken_over(self, batch: Batch, sent: torch.cuda.Event) -> Batch:
-        """Let the training's stream wait for a batch, and keep its memory from being used again."""
+        """Make the training's stream wait for a batch, and keep its memory from being reused."""
         stream = torch.cuda.current_stream(self._device)
         stream.wait_event(sent)
         for tensor in batch:
@@ -177,40 +178,39 @@ class Batches:
         return batch
 
     def _normalised(self, views: Tensor) -> Tensor:
-        # Divided first, as torchvision does: a validation image is its own to the last bit.
+        # Divided first, as torchvision does: validation images are equal to its own, bit by bit.
         images = self._send(views).float().div_(255)
         return images.sub_(self._mean).div_(self._std).contiguous(memory_format=self._layout)
 
     def _send(self, tensor: Tensor) -> Tensor:
-        """Put a tensor on the device; from pinned memory, a GPU's work is not waited for."""
+        """Copy a tensor to the device; from pinned memory, without waiting for the GPU."""
         if self._device.type == "cuda" and not tensor.is_pinned():
             tensor = tensor.pin_memory()
         return tensor.to(self._device, non_blocking=True)
 
     def _mixed(self, images: Tensor, labels: Tensor, epoch: int, number: int) -> Batch:
-        """Mix a batch as its seed, epoch and number say."""
-        if self._mix is None:
+        """Mix a batch; the draw depends on its seed, epoch and number."""
+        if self.mix is None:
             return images, labels
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(batch_seed(self._mix_seed, epoch, number))
-            mixed: Batch = self._mix(images, labels)
+            mixed: Batch = self.mix(images, labels)
         return mixed
 
     def _bounds(self) -> list[tuple[int, int]]:
-        """Cut an epoch into batches."""
+        """Return the first and the last position, exclusive, of each batch of an epoch."""
         count = self.num_examples
-        starts = list(range(0, count, self.batch_size))
-        is_single = count - starts[-1] == 1 and self.batch_size > 1
-        if self._join_single and len(starts) > 1 and is_single:
-            starts.pop()
+        starts = range(0, count, self.batch_size)
+        if self._join_single:
+            starts = starts[: num_batches(count, self.batch_size)]
         return list(zip(starts, [*starts[1:], count], strict=True))
 
 
 def _worker_context() -> BaseContext:
     """Return how worker processes are started.
 
-    By a server that has imported torch once and forks them: a process with threads, such as a
-    trial of Ray's, must not be forked itself, and importing torch anew takes seconds for each.
+    A server imports torch once and forks them: a process with threads, such as a trial of Ray,
+    must not be forked itself, and importing torch takes seconds in each new process.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tuneapp.data.views"])
@@ -218,7 +218,7 @@ def _worker_context() -> BaseContext:
 
 
 class _Keys:
-    """The keys of each batch of the coming epoch; workers that live on ask it in every epoch."""
+    """The keys of each batch of the next epoch; persistent workers read them in every epoch."""
 
     def __init__(self) -> None:
         self.batches: list[list[Key]] = []

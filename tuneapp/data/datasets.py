@@ -1,4 +1,4 @@
-"""Images from `torch.utils.data.Dataset` objects: torchvision's by name, or the user's own."""
+"""Images from `torch.utils.data.Dataset` objects: torchvision's by name, or user-defined ones."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ from tuneapp.config import Data
 from tuneapp.data.cache import cache_dir
 from tuneapp.data.decode import Unreadable, to_rgb
 from tuneapp.data.examples import Example, ImageSet, Labels, sorted_classes
-from tuneapp.errors import ConfigError, DataError, did_you_mean, say_cause
+from tuneapp.errors import ConfigError, DataError, did_you_mean, first_line, say_cause
 from tuneapp.own import find_own
 
 _PREFIX = "torchvision:"
@@ -30,7 +30,7 @@ _THREE: Parts = {**_BY_SPLIT, "val": {"split": "val"}}
 _NO_TEST: Parts = {"train": {"split": "train"}, "val": {"split": "val"}}
 _WHOLE: Parts = {"train": {}}
 
-# Which arguments torchvision's classification data sets want for their own splits.
+# The arguments by which torchvision's classification data sets give their own splits.
 _TORCHVISION: Mapping[str, Parts] = MappingProxyType(
     {
         "CIFAR10": _BY_FLAG,
@@ -62,24 +62,25 @@ _TORCHVISION: Mapping[str, Parts] = MappingProxyType(
         "USPS": _BY_FLAG,
     }
 )
+TORCHVISION_NAMES = tuple(_TORCHVISION)
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One Dataset object, and the split that its examples are of."""
+    """One Dataset object, and the split to which its examples belong."""
 
     split: str
     dataset: Any
 
 
 def read_dataset(data: Data) -> ImageSet:
-    """Return the images of a Dataset: those of its own splits in these, all others in `train`.
+    """Return the images of a Dataset, in its own splits if it has some, else in `train`.
 
-    Labels are read from `targets` (of torchvision's, `labels` or the like) where the object has
-    them, else by asking for every example.
+    Labels are read from `targets` (for torchvision's also `labels` and similar names) if the object
+    has them, else from every example.
 
     Raises:
-        DataError: it cannot be had, is empty, or its labels or images are of the wrong kind.
+        DataError: it is not available or empty, or its labels or images are of the wrong kind.
         ConfigError: there is no such data set.
     """
     parts = _parts(data)
@@ -94,8 +95,8 @@ def read_dataset(data: Data) -> ImageSet:
     if len(classes) < 2 or len(set(classes)) < len(classes):
         names = ", ".join(classes[:5])
         raise DataError(
-            f"{data.source} has the classes {names or '(none)'}; it takes at least two, of "
-            "different names"
+            f"{data.source} has the classes {names or '(none)'}; at least two with different "
+            "names are required"
         )
     examples = []
     for part in parts:
@@ -106,24 +107,24 @@ def read_dataset(data: Data) -> ImageSet:
 
 
 def open_dataset(data: Data) -> Opener:
-    """Return what decodes an example of `read_dataset(data)`, in RGB."""
+    """Return a function that decodes an example of `read_dataset(data)`, in RGB."""
     by_split = {part.split: part.dataset for part in _parts(data)}
 
     def open_example(example: Example) -> Image.Image:
         split, _, index = example.path.partition("/")
         try:
-            # Not only the first half: an image may be opened lazily, and decoded by the second.
+            # Both calls: an image may be opened lazily here, and decoded in `as_rgb`.
             return as_rgb(by_split[split][int(index)][0])
         except Unreadable:
             raise
-        except Exception as error:  # it is the user's code, or a damaged file of torchvision's
+        except Exception as error:  # user-defined code, or a damaged file of torchvision
             raise Unreadable(f"cannot be read: {say_cause(error)}") from None
 
     return open_example
 
 
 def as_rgb(image: object) -> Image.Image:
-    """Return what a Dataset gave as an image in RGB.
+    """Return an image of a Dataset in RGB.
 
     Args:
         image: a PIL image; a uint8 tensor (H, W), (1, H, W) or (3, H, W); or a uint8 array (H, W)
@@ -141,7 +142,7 @@ def as_rgb(image: object) -> Image.Image:
         raise Unreadable(f"is {what}; a Dataset must give PIL images, or uint8 tensors or arrays")
     pixels = image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
     if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[-1] != 3):
-        raise Unreadable(f"has the shape {tuple(image.shape)}, which is no grey or RGB image")
+        raise Unreadable(f"has the shape {tuple(image.shape)}: neither a grey nor an RGB image")
     return Image.fromarray(np.ascontiguousarray(pixels)).convert("RGB")
 
 
@@ -170,23 +171,21 @@ def _torchvision_parts(data: Data, name: str) -> list[_Part]:
                 for split, chosen in sorted(_TORCHVISION[name].items(), key=_train_first)
             ]
     except Exception as error:  # torchvision, its archives and the network raise many kinds
-        first_line = str(error).strip().split("\n")[0]
-        way_out = "" if not arguments else ", or let this machine reach the network"
+        way_out = "" if not arguments else ", or connect this machine to the network"
         raise DataError(
-            f"{data.source} cannot be had: {type(error).__name__}: {first_line}; put its files "
-            f"into {root} (--data-root), laid out as torchvision.datasets.{name} wants them"
-            f"{way_out}"
+            f"{data.source} is not available: {first_line(error, named=True)}; put its files into "
+            f"{root} (--data-root), in the layout of torchvision.datasets.{name}{way_out}"
         ) from None
 
 
 def _opened_or_downloaded(
     kind: Any, root: Path, chosen: Mapping[str, Any], arguments: Mapping[str, Any]
 ) -> Any:
-    """Return the data set from its files; only where they are not there, download them."""
+    """Return the data set from its files; download them only if they are missing."""
     if arguments:
         try:
             return kind(str(root), **chosen)
-        except Exception:  # each data set has its own error for files that are not there
+        except Exception:  # each data set has its own error for missing files
             return kind(str(root), **chosen, **arguments)
     return kind(str(root), **chosen)
 
@@ -196,7 +195,7 @@ def _train_first(item: tuple[str, object]) -> int:
 
 
 def _own_parts(data: Data) -> list[_Part]:
-    """Call the user's function: once, or, if it takes `split`, once for each split."""
+    """Call the user-defined function: once, or, if it has a parameter `split`, for each split."""
     build = find_own(data.source, "data")
     try:
         takes_split = "split" in inspect.signature(build).parameters
@@ -210,7 +209,7 @@ def _own_parts(data: Data) -> list[_Part]:
             called = f"(split={split!r})" if takes_split else "()"
             raise DataError(f"--data {data.source}: {called} raised {say_cause(error)}") from None
         if dataset is None and split != "train":
-            continue  # it has no such split
+            continue  # there is no such split
         if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
             raise DataError(
                 f"--data {data.source} returned {type(dataset).__name__}; it must return a "
@@ -222,11 +221,11 @@ def _own_parts(data: Data) -> list[_Part]:
 
 def _raw_labels(dataset: Any, data: Data) -> list[Any]:
     """Return the label of each example: an int, or a tuple of 0 and 1."""
-    # What else than `targets` means in a Dataset of the user's own, nobody knows.
+    # In a user-defined Dataset, the meaning of other names than `targets` is not known.
     for name in ("targets",) if data.is_own else ("targets", "labels", "y", "_labels"):
         found: Any = getattr(dataset, name, None)
         is_list = hasattr(found, "__len__") and len(found) == len(dataset)
-        # QMNIST's targets are rows of numbers, and its examples have the first as label.
+        # QMNIST's targets are rows of values, of which the first is the label.
         is_plain = data.is_own or getattr(found, "ndim", 1) == 1
         if is_list and is_plain and getattr(dataset, "target_transform", None) is None:
             return [_plain(label, data) for label in found]
@@ -240,7 +239,7 @@ def _raw_labels(dataset: Any, data: Data) -> list[Any]:
         except Exception as error:
             raise DataError(
                 f"{data.source}, example {index}: it must give (image, label): {say_cause(error)}; "
-                "a `targets` attribute would spare asking each for its label"
+                "with a `targets` attribute, labels are read without loading the examples"
             ) from None
         labels.append(_plain(label, data))
     return labels
@@ -253,8 +252,8 @@ def _plain(label: Any, data: Data) -> Labels:
         return tuple(int(flag) if flag in (0, 1) else -1 for flag in label)
     if isinstance(label, bool) or not isinstance(label, int):
         raise DataError(
-            f"{data.source} gives the label {label!r}; it must be a whole number, or a list of 0 "
-            "and 1 for each class"
+            f"{data.source} gives the label {label!r}; it must be a whole number, or a list with 0 "
+            "or 1 for each class"
         )
     return label
 
@@ -281,7 +280,7 @@ def _checked(label: Labels, classes: Sequence[str], where: str) -> Labels:
     """Return the indices of the classes that a label stands for."""
     if isinstance(label, tuple):
         if len(label) != len(classes) or -1 in label:
-            raise DataError(f"{where}: the label must be {len(classes)} numbers 0 or 1: {label}")
+            raise DataError(f"{where}: the label must be {len(classes)} values 0 or 1, got {label}")
         return tuple(i for i, flag in enumerate(label) if flag)
     if not 0 <= label < len(classes):
         raise DataError(

@@ -2,11 +2,12 @@
 
 Light on purpose (Pillow and numpy only): the processes that decode a data set import nothing else.
 
-What files really hold decides, not their endings. Turned as EXIF says; of animations the first
-frame; grey, palette and CMYK become RGB by Pillow's own conversions; what is transparent lies on
-white, as a browser shows it; of 16-bit pixels the high byte is kept, as Pillow does with 16-bit
-colours and torchvision with uint16. What has no known range (32-bit integers, floating point), is
-cut off, is empty, or is larger than Pillow's limit against decompression bombs is unreadable.
+The content of a file decides, not its suffix. Images are turned as EXIF says; of animations the
+first frame is used; grey, palette and CMYK become RGB by Pillow's own conversions; transparent
+parts are put on white, as a browser shows them; of 16-bit pixels the high byte is kept, as Pillow
+does with 16-bit colours and torchvision with uint16. An image is unreadable if its pixels have no
+known range (32-bit integers, floating point), if it is cut off or empty, or if it is larger than
+Pillow's limit against decompression bombs.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ import numpy.typing as npt
 import PIL
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from tuneapp.errors import DataError
+from tuneapp.errors import DataError, first_line
 
 with contextlib.suppress(ImportError):  # photos of iPhones; an extra of the package
     import pillow_heif
@@ -37,29 +38,29 @@ ENDINGS = frozenset(
         *(".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff", ".avif", ".jp2", ".heic", ".heif"),
     ]
 )
-"""Files called so are taken for images; others are looked into."""
+"""Suffixes of files that count as images; other files are opened to find out."""
 
 DECODER = f"Pillow {PIL.__version__}, HEIC {'.heic' in Image.registered_extensions()}"
-"""What decoded the images of a store: another one may read more, or otherwise."""
+"""What decoded the images of a store: another version may read more files, or other pixels."""
 
 PASSING = ("cannot be read: ", "is too large for this machine's memory")
-"""How causes begin that say nothing of the file itself: the next try may read it."""
+"""Beginnings of causes that do not depend on the file itself: the next attempt may read it."""
 
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
 """Pillow's own limit against decompression bombs, 179 million pixels; also for the resized image,
 which for a strip of 1 x 10,000 pixels is far larger than the strip."""
 
-# Pixels of these formats may use all of the 16 bits; Pillow scales those of PGM to them.
+# Pixels of these modes may use all 16 bits; Pillow scales pixels of PGM files to 16 bits.
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 _TURNED = frozenset({5, 6, 7, 8})  # EXIF orientations that swap width and height
 
 
-class Unreadable(DataError):  # noqa: N818 - what an image is, and what is listed of it
-    """An image cannot be read; the message says why, in a few words, and not which."""
+class Unreadable(DataError):  # noqa: N818 - a state of an image, as it is listed
+    """An image cannot be read; the message says why, in a few words, but does not name it."""
 
 
 class Header(NamedTuple):
-    """What an image file says of itself before it is decoded.
+    """The metadata of an image file, known before it is decoded.
 
     Attributes:
         width: in pixels, as turned by EXIF.
@@ -79,7 +80,7 @@ class Header(NamedTuple):
 
 
 def digest(content: bytes) -> str:
-    """Return what tells contents apart: 128 bits of BLAKE2b, in hexadecimal digits."""
+    """Return a hash of `content`: 128 bits of BLAKE2b, in hexadecimal digits."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
@@ -87,11 +88,11 @@ def read_bytes(path: Path) -> bytes:
     """Return the content of a file.
 
     Raises:
-        Unreadable: it is missing, empty, no file, or may not be read.
+        Unreadable: it is missing, empty, not a file, or cannot be read.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            raise Unreadable("is no regular file")
+            raise Unreadable("is not a regular file")
         content = path.read_bytes()
     except OSError as error:
         raise Unreadable(f"cannot be read: {error.strerror or error}") from None
@@ -101,15 +102,15 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_header(path: Path) -> Header:
-    """Return what an image file says of itself, without decoding it.
+    """Return the metadata of an image file, without decoding it.
 
     Raises:
-        Unreadable: it is missing, no image, or one too large.
+        Unreadable: it is missing, not an image, or too large.
     """
     try:
         now = path.stat()
         if not stat.S_ISREG(now.st_mode):
-            raise Unreadable("is no regular file")
+            raise Unreadable("is not a regular file")
         if now.st_size == 0:
             raise Unreadable("is empty: 0 bytes")
         with path.open("rb") as file, _opened(file) as image:
@@ -129,7 +130,7 @@ def decode(content: bytes) -> Image.Image:
     """Return an image in RGB, upright.
 
     Raises:
-        Unreadable: it is no image, is damaged, or too large.
+        Unreadable: it is not an image, damaged, or too large.
     """
     with _opened(io.BytesIO(content)) as image:
         image.load()
@@ -137,7 +138,7 @@ def decode(content: bytes) -> Image.Image:
             ImageOps.exif_transpose(image, in_place=True)
         except MemoryError:
             raise
-        except Exception:  # damaged EXIF turns nothing; the pixels are whole
+        except Exception:  # damaged EXIF is ignored; the pixels are intact
             pass
         return to_rgb(image)
 
@@ -146,13 +147,13 @@ def read_image(path: Path) -> Image.Image:
     """Return the image in a file, in RGB, upright.
 
     Raises:
-        Unreadable: it is missing, no image, damaged, or too large.
+        Unreadable: it is missing, not an image, damaged, or too large.
     """
     return decode(read_bytes(path))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an image in RGB, by the rule at the head of this module.
+    """Return an image in RGB, by the rule in the docstring of this module.
 
     Raises:
         Unreadable: its pixels have no known range.
@@ -163,7 +164,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray(_high_byte(np.asarray(image))).convert("RGB")
     if image.mode in ("I", "F"):
         kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
-        raise Unreadable(f"has {kind} for pixels, whose range is not known; save it with 8 or 16")
+        raise Unreadable(f"has {kind} as pixels, of unknown range; save it with 8 or 16 bits")
     if not image.has_transparency_data:
         return image.convert("RGB")
     with_alpha = image.convert("RGBA")
@@ -182,8 +183,8 @@ def resized_size(width: int, height: int, short_side: int) -> tuple[int, int]:
     long_side = int(short_side * max(width, height) / min(width, height))
     if short_side * long_side > MAX_PIXELS:
         raise Unreadable(
-            f"is a strip of {width} x {height} pixels: {long_side:,} long at the short side of "
-            f"{short_side} that the network's preprocessing wants"
+            f"is a strip of {width} x {height} pixels: it would be {long_side:,} pixels long after "
+            f"the preprocessing resizes its short side to {short_side}"
         )
     return (short_side, long_side) if width <= height else (long_side, short_side)
 
@@ -191,8 +192,8 @@ def resized_size(width: int, height: int, short_side: int) -> tuple[int, int]:
 def resize(image: Image.Image, short_side: int, interpolation: str) -> npt.NDArray[np.uint8]:
     """Return an RGB image with its short side resized, uint8 (H, W, 3).
 
-    The very call that torchvision's `Resize(short_side)` makes for a PIL image; a test holds them
-    equal to the last bit.
+    The same call that torchvision's `Resize(short_side)` makes for a PIL image; a test compares
+    the results to the last bit.
 
     Raises:
         Unreadable: the result would be too large.
@@ -205,8 +206,8 @@ def resize(image: Image.Image, short_side: int, interpolation: str) -> npt.NDArr
 
 @contextlib.contextmanager
 def _opened(file: BinaryIO) -> Iterator[Image.Image]:
-    """Open an image; whatever Pillow and its plugins raise for bad files becomes `Unreadable`."""
-    # Whatever other code has set: half an image would be filled up with grey.
+    """Open an image; all errors of Pillow and its plugins for bad files become `Unreadable`."""
+    # Other code may have set it: then Pillow would fill up a truncated image with grey.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     with quiet():
         try:
@@ -222,16 +223,15 @@ def _opened(file: BinaryIO) -> Iterator[Image.Image]:
         except MemoryError:
             raise Unreadable("is too large for this machine's memory") from None
         except Exception as error:  # plugins raise nearly anything for damaged files
-            first_line = str(error).strip().split("\n")[0]
-            raise Unreadable(f"cannot be decoded: {first_line or type(error).__name__}") from None
+            raise Unreadable(f"cannot be decoded: {first_line(error)}") from None
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep Pillow from warning, of large images (its limit holds) and of odd metadata.
+    """Suppress Pillow's warnings of large images, which its limit covers, and of odd metadata.
 
-    In the main thread only: Python's filters are those of the whole process, and threads that put
-    them back in another order would leave them changed. Who starts threads does this around them.
+    Only in the main thread: Python's filters belong to the whole process, and threads that restore
+    them in another order would leave them changed. Code that starts threads uses this around them.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -242,11 +242,11 @@ def quiet() -> Iterator[None]:
 
 
 def _orientation(image: Image.Image) -> object:
-    """Return how EXIF turns an image that is not decoded yet; damaged EXIF turns nothing."""
+    """Return the EXIF orientation of an image that is not decoded yet; 1 if EXIF is damaged."""
     try:
         if image.format == "TIFF":
             return image.getexif().get(ExifTags.Base.Orientation, 1)
-        # Not `getexif()`, which decodes a whole PNG to look for EXIF behind its pixels.
+        # Not `getexif()`, which decodes a whole PNG to look for EXIF after its pixels.
         exif = Image.Exif()
         exif.load(image.info.get("exif", b""))
         return exif.get(ExifTags.Base.Orientation, 1)
@@ -257,7 +257,7 @@ def _orientation(image: Image.Image) -> object:
 def _is_animated(image: Image.Image) -> bool:
     try:
         return bool(getattr(image, "is_animated", False))
-    except Exception:  # a damaged second frame; the first one counts
+    except Exception:  # a damaged second frame; only the first one is used
         return True
 
 
@@ -266,11 +266,11 @@ def _high_byte(pixels: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
 
 
 def _guess(content: bytes) -> str:
-    """Return what a file that is no image to Pillow seems to be, for the kinds people meet."""
+    """Return what a file that Pillow cannot identify seems to be, for common kinds."""
     if content[4:8] == b"ftyp":
         brand = content[8:12].decode("ascii", "replace")
         if brand in ("heic", "heix", "mif1", "msf1", "heim", "heis"):
-            return " that Pillow reads by itself, but HEIC: pip install pillow-heif"
+            return " that Pillow reads without help, but HEIC: pip install pillow-heif"
         return ", but a video"
     kinds = {
         b"%PDF": "a PDF",

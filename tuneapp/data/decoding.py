@@ -1,8 +1,8 @@
-"""Many files at once, on all cores: measured by their headers, decoded into their places.
+"""Many files in parallel, on all cores: measured by their headers, decoded into one file.
 
-What the workers run imports Pillow and numpy only, so that a process of its own pays even for a few
-thousand files. Threads would not: Pillow decodes without Python's lock, but for small files most
-of the time goes into what holds it (`benchmarks/decoding.py`).
+The code of the workers imports only Pillow and numpy, so that processes pay off from a few thousand
+files. Threads would not: Pillow decodes without Python's lock, but for small files most of the time
+is spent in code that holds it (`benchmarks/decoding.py`).
 """
 
 import multiprocessing
@@ -28,9 +28,9 @@ from tuneapp.data.decode import (
 from tuneapp.errors import DataError
 
 CHUNK = 64
-"""Files of one task: few enough that memory and a late task do not matter."""
+"""Files per task: few enough that its memory, and waiting for the last task, do not matter."""
 PROCESSES_FROM = 10_000
-"""Fewer files are done by threads: processes take a second or two to start."""
+"""Fewer files are processed by threads: processes take a second or two to start."""
 
 Sizes = list[tuple[int, int] | str]
 """Height and width of each image after resizing, or why it cannot be read."""
@@ -42,10 +42,10 @@ class Task(NamedTuple):
     Attributes:
         files: their paths.
         shapes: height and width of each after resizing; 0, 0 for those known to be unreadable.
-        offsets: where each one's pixels begin in `out`.
+        offsets: at which the pixels of each begin in `out`.
         short_side: in pixels after resizing.
         interpolation: torchvision's name.
-        out: the file for the pixels; None checks only that they can be decoded.
+        out: the file for the pixels; None only checks that the files can be decoded.
     """
 
     files: list[str]
@@ -84,7 +84,7 @@ class Decoded(NamedTuple):
 
 
 def decode_chunk(task: Task) -> list[Decoded]:
-    """Decode files, each into its place."""
+    """Decode files, each to its offset."""
     out = None if task.out is None else os.open(task.out, os.O_WRONLY)
     results = []
     try:
@@ -95,7 +95,7 @@ def decode_chunk(task: Task) -> list[Decoded]:
                 if shape != [0, 0]:
                     pixels = resize(decode(content), task.short_side, task.interpolation)
                     found = pixels.shape[:2]
-                    # The same pixels on another side: EXIF at the end of a file turns it, too.
+                    # Width and height may be exchanged: EXIF at the end of a file also turns it.
                     if sorted(found) != sorted(shape):
                         raise Unreadable("is of another size than its header says")
                     if out is not None:
@@ -110,7 +110,7 @@ def decode_chunk(task: Task) -> list[Decoded]:
 
 
 def _write(out: int, content: bytes, offset: int) -> None:
-    """Write all of it: a call may write less than it was given."""
+    """Write all of `content`: one call may write less."""
     left = memoryview(content)
     while left:
         written = os.pwrite(out, left, offset)
@@ -127,11 +127,11 @@ def in_parallel(
     """Run `work` over chunks of `files` on all cores.
 
     Args:
-        work: a function of this module, so that processes can find it.
-        files: what is to be done.
-        arguments: of `work`, from the index of a chunk's first file and its files.
-        take: given that index and the result, as chunks end, in any order.
-        watch: told how many files are done.
+        work: a function of this module, so that processes can import it.
+        files: to be processed.
+        arguments: returns those of `work`, given the index of a chunk's first file and its files.
+        take: is called with that index and the result when a chunk is done, in any order.
+        watch: is called with the number of files done.
     """
     starts = range(0, len(files), CHUNK)
     done = 0
@@ -148,10 +148,10 @@ def in_parallel(
                 watch(done)
         except BrokenProcessPool:
             raise DataError(
-                "a process that was decoding images has died, perhaps for lack of memory; try "
-                "again with more of it free"
+                "a process that was decoding images has died, perhaps for lack of memory; free "
+                "some memory and try again"
             ) from None
-        except BaseException:  # Ctrl-C, too: what has not begun shall not
+        except BaseException:  # also Ctrl-C: tasks that have not begun must not begin
             executor.shutdown(wait=True, cancel_futures=True)
             raise
 
@@ -172,13 +172,13 @@ def _executor(num_files: int) -> Executor:
 
 
 def _begin_worker() -> None:
-    """Leave Ctrl-C to the process that asked, which ends its workers; end with it in any case."""
+    """Leave Ctrl-C to the parent process, which ends its workers; end with it in any case."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """Without this, the workers of a process that was killed wait for their next task for ever."""
+    """End this process with its parent: after a kill, it would wait for tasks forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

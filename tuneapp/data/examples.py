@@ -1,4 +1,4 @@
-"""What a data set is to the rest of the house: examples with their labels and splits."""
+"""The data set as all other modules see it: examples with their labels and splits."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from tuneapp.config import Data
 
 SPLITS = ("train", "val", "test")
 EMBEDDED_SIZE = 32
-"""Pixels to which the embedded 8 x 8 scans are enlarged where nothing else is asked."""
+"""Pixels to which the embedded 8 x 8 scans are enlarged by default."""
 
 Labels = int | tuple[int, ...]
 
@@ -25,16 +25,16 @@ class Example:
     """One image.
 
     Attributes:
-        path: relative to the root of its set, with `/`, or absolute where it lies elsewhere; images
-            that are no files have a made-up one.
-        label: index of its class; of a multi-label set, of each class that is present, rising.
+        path: relative to the root of its set, with `/`, or absolute if it is elsewhere; images that
+            are not files have a generated one.
+        label: index of its class; in a multi-label set, of each class that is present, ascending.
         split: `train`, `val` or `test`.
-        num_bytes: size of the file; 0 for images that are no files.
-        group: images of one group are never on both sides of a split; empty is a group of its own.
-        weight: how often it is drawn relative to others, where sampling is weighted.
-        fold: from 1, the part of a k-fold split that it is in; 0 without folds.
-        modified_ns: when its file was last changed, in nanoseconds; 0 for images that are no files.
-        digest: of its content, `decode.digest`; empty as long as it was not read.
+        num_bytes: size of the file; 0 for images that are not files.
+        group: images of one group are never in different splits; empty is a group by itself.
+        weight: how often it is drawn relative to others, with weighted sampling.
+        fold: the part of a k-fold split to which it belongs, from 1; 0 without folds.
+        modified_ns: modification time of its file, in nanoseconds; 0 for images that are not files.
+        digest: `decode.digest` of its content; empty until it is read.
         bad: why it cannot be read; empty if it can.
     """
 
@@ -51,7 +51,7 @@ class Example:
 
     @property
     def labels(self) -> tuple[int, ...]:
-        """The classes that are present, as a tuple in any case."""
+        """The classes that are present, always as a tuple."""
         return self.label if isinstance(self.label, tuple) else (self.label,)
 
 
@@ -60,13 +60,13 @@ class ImageSet:
     """All images of a data set; the order of `examples` is part of it.
 
     Attributes:
-        root: the folder of the images; None for those that are no files.
+        root: the folder of the images; None for those that are not files.
         classes: class names in the order of their labels.
         examples: every image; within a split, sorted by path.
-        data: what was asked for; what a Dataset is opened by.
+        data: the settings that the set was read by; a Dataset is opened again by them.
         is_multilabel: whether an image may show several classes, or none.
-        skipped: files beside the images that are no images, each with what it is.
-        notes: what the user should know of how the data were understood.
+        skipped: files among the images that are no images, each with the cause.
+        notes: for the user: how the data were interpreted.
     """
 
     root: Path | None
@@ -104,13 +104,13 @@ class ImageSet:
         return [shown[label] for label in range(len(self.classes))]
 
     def sealed(self) -> "ImageSet":
-        """Return the set without its test split, which nothing in a sweep may read."""
+        """Return the set without its test split, which a sweep must not read."""
         return replace(self, examples=self.of("train", "val"))
 
     def fold(self, number: int) -> "ImageSet":
-        """Return the set as the fold `number`, from 1, sees it: that part is for validation.
+        """Return the set with the part `number`, from 1, as the validation split.
 
-        The order of the examples stays, so all folds read the same store.
+        The order of the examples does not change, so all folds read the same store.
         """
         examples = tuple(
             e if e.split == "test" else replace(e, split="val" if e.fold == number else "train")
@@ -119,7 +119,7 @@ class ImageSet:
         return replace(self, examples=examples)
 
     def name_of(self, example: Example) -> str:
-        """Return what a message calls an example."""
+        """Return the name of an example for messages."""
         return str(self.root / example.path if self.root else f"{self.data.source} {example.path}")
 
 
@@ -147,7 +147,7 @@ def scan(index: int) -> Image.Image:
 
 
 def sorted_classes(names: Sequence[str]) -> list[str]:
-    """Return class names in order: as numbers where all of them are whole numbers, else as text."""
+    """Return class names in order: as numbers if all of them are whole numbers, else as text."""
     distinct = set(names)
     numeric = all(name.isascii() and name.isdigit() for name in distinct)
     return sorted(distinct, key=(lambda name: (int(name), name)) if numeric else None)

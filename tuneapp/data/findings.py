@@ -1,7 +1,7 @@
-"""What is odd about a data set, as far as names, labels, splits and contents tell it.
+"""What is suspicious in a data set, judged by names, labels, splits and file contents.
 
-Cheap: nothing is decoded here. `sweep` runs this before every search; `doctor` adds what only the
-pixels tell.
+Fast: nothing is decoded here. `sweep` runs this before every search; `doctor` adds findings that
+need the pixels.
 """
 
 import unicodedata
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from tuneapp.data.examples import Example, ImageSet
 
 TINY_CLASS = 20
-"""With fewer training images than this, a class is called tiny."""
+"""A class with fewer training images than this is called tiny."""
 IMBALANCED = 10
-"""The largest class has so many times the images of the smallest one."""
+"""Classes are imbalanced if the largest has this many times the images of the smallest."""
 MANY_UNREADABLE = 0.05
-"""Above this share, unreadable images are a sign that something larger is wrong."""
+"""Above this share, unreadable images are a sign of a larger problem."""
 
 _NAMED = 3
 
@@ -27,8 +27,8 @@ class Finding:
 
     Attributes:
         kind: a short name, such as `duplicates across splits`.
-        is_serious: whether it makes the numbers of a training wrong, or ends it.
-        words: one line: what, how many, and where it is not plain, what to do.
+        is_serious: whether it makes the metrics of a training wrong, or ends it.
+        words: one line: what, how many, and, unless it is obvious, what to do.
         paths: the images that it is about.
         exclude: those of them that the exclusion list should name.
     """
@@ -41,7 +41,7 @@ class Finding:
 
 
 def cheap_findings(images: ImageSet) -> list[Finding]:
-    """Return what can be said without decoding, the serious first.
+    """Return the findings that need no decoding, the serious ones first.
 
     Contents are compared where the examples have digests.
     """
@@ -70,7 +70,7 @@ def _unreadable(images: ImageSet) -> Iterable[Finding]:
 
 
 def describe_bad(images: ImageSet) -> str:
-    """Return which images cannot be read, why, and what becomes of them; empty if all can."""
+    """Return which images cannot be read, why, and how they are treated; empty if all can."""
     bad = [e for e in images.examples if e.bad]
     if not bad:
         return ""
@@ -79,17 +79,17 @@ def describe_bad(images: ImageSet) -> str:
     lines = [f"- {_shown(e.path)} {e.bad}" for e in bad]
     policy = images.data.bad_images
     fate = (
-        "in training, others of their class take their places"
+        "in training, others of their class replace them"
         if policy == "substitute"
         else "they are left out"
     )
     text = "\n".join([f"{len(bad)} images cannot be read ({counted}); {fate}:", "", *lines])
-    # Names of files need not be text, and TensorBoard takes nothing else.
+    # Names of files need not be valid text, and TensorBoard accepts nothing else.
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _shown(path: str) -> str:
-    """Return a path with its line ends, and whatever else is no letter, as Python writes them."""
+    """Return a path with line ends and other unprintable characters as Python escapes them."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in path)
 
 
@@ -98,7 +98,7 @@ def _skipped(images: ImageSet) -> Iterable[Finding]:
         yield Finding(
             "not images",
             False,
-            f"{len(images.skipped)} file(s) beside the images are none: "
+            f"{len(images.skipped)} file(s) among the images are no images: "
             + some([f"{path} {cause}" for path, cause in images.skipped]),
             tuple(path for path, _ in images.skipped),
         )
@@ -126,7 +126,7 @@ def _small_classes(images: ImageSet) -> Iterable[Finding]:
             "imbalance",
             False,
             f"the largest class has {max(counts)} training images, the smallest {min(counts)}: "
-            "think of --metric val/balanced_accuracy, sampling='balanced' or "
+            "consider --metric val/balanced_accuracy, sampling='balanced' or "
             "CrossEntropy(class_weights='balanced')",
         )
 
@@ -139,7 +139,7 @@ def _names(images: ImageSet) -> Iterable[Finding]:
             "non-ASCII names",
             False,
             f"{len(non_ascii)} name(s) are not plain ASCII, such as {non_ascii[0]!r}: other "
-            "machines may spell them otherwise",
+            "machines may spell them differently",
             tuple(non_ascii),
         )
     odd = [path for path in paths if any(unicodedata.category(c) in ("Cc", "Cs") for c in path)]
@@ -154,7 +154,7 @@ def _names(images: ImageSet) -> Iterable[Finding]:
         yield Finding(
             "colliding names",
             False,
-            f"{some(group)} are one name where case does not count (macOS, Windows)",
+            f"{some(group)} are the same name where case is ignored (macOS, Windows)",
             tuple(group),
         )
 
@@ -164,7 +164,7 @@ def _folded(path: str) -> str:
 
 
 def exact_duplicates(images: ImageSet) -> Iterable[Finding]:
-    """Yield the images with the same content: across splits, under different labels, or else."""
+    """Yield the images with the same content: with other labels, across splits, or within one."""
     by_digest: dict[str, list[Example]] = defaultdict(list)
     for example in images.examples:
         if example.digest and not example.bad:
@@ -174,10 +174,11 @@ def exact_duplicates(images: ImageSet) -> Iterable[Finding]:
 
 
 def duplicate_findings(groups: Sequence[Sequence[Example]], how: str) -> Iterable[Finding]:
-    """Yield what groups of the same image come to.
+    """Yield the findings for groups of the same image.
 
-    Of a group in several splits, one is kept: of the test split if there is one, then of the
-    validation split. Of a group with different labels nobody knows which is right: none is.
+    Of a group in several splits, one image is kept: in the test split if there is one, else in the
+    validation split. Of a group with different labels none is kept, since the right label is not
+    known.
 
     Args:
         groups: examples that show the same.
@@ -185,7 +186,7 @@ def duplicate_findings(groups: Sequence[Sequence[Example]], how: str) -> Iterabl
     """
     conflicting = [g for g in groups if len({e.labels for e in g}) > 1]
     rest = [g for g in groups if len({e.labels for e in g}) == 1]
-    # Folds are sides, too: each is what the others are validated on.
+    # Folds count as splits: each is the validation split of the others.
     across = [g for g in rest if len({(e.split, e.fold) for e in g}) > 1]
     within = [g for g in rest if len({(e.split, e.fold) for e in g}) == 1]
     kinds = (
@@ -204,7 +205,7 @@ def duplicate_findings(groups: Sequence[Sequence[Example]], how: str) -> Iterabl
             yield Finding(
                 kind,
                 is_serious,
-                f"{len(of_kind)} image(s) are there several times, with {how}, in {where}: "
+                f"{len(of_kind)} image(s) occur several times, with {how}, in {where}: "
                 + some(shown),
                 tuple(e.path for group in of_kind for e in group),
                 tuple(leave_out),
@@ -212,9 +213,10 @@ def duplicate_findings(groups: Sequence[Sequence[Example]], how: str) -> Iterabl
 
 
 def kept_first(example: Example) -> tuple[int, str]:
-    """Return by what the same images are sorted, the one that is kept first.
+    """Return a sort key for identical images; the first one is kept.
 
-    A test split is the smallest and must not shrink; then comes the validation split.
+    The test split comes first, since it is the smallest and must not shrink; then the validation
+    split.
     """
     return ("test", "val", "train").index(example.split), example.path
 
@@ -231,6 +233,6 @@ def _same(paths: Sequence[str], keys: Mapping[str, str]) -> list[list[str]]:
 
 
 def some(items: Sequence[str]) -> str:
-    """Return the first few of these, and how many more there are."""
+    """Return the first few items, and the number of the others."""
     more = f" and {len(items) - _NAMED} more" if len(items) > _NAMED else ""
     return ", ".join(items[:_NAMED]) + more

@@ -1,4 +1,4 @@
-"""Images in folders: a folder per class, split or not, or a flat one with labels in the names."""
+"""Images in folders: one per class, split or not, or a flat one with labels in file names."""
 
 import os
 import re
@@ -8,23 +8,24 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 from tuneapp.config import EMBEDDED, Data
+from tuneapp.data.datasets import TORCHVISION_NAMES
 from tuneapp.data.decode import ENDINGS, Unreadable, read_header
 from tuneapp.data.examples import Example, ImageSet
-from tuneapp.errors import DataError
+from tuneapp.errors import DataError, did_you_mean, nearest
 
 _SPLIT_NAMES = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation"),
     "test": ("test", "testing"),
 }
-# What operating systems and catalogues leave in folders; nobody takes it for an image.
+# Files of operating systems and photo catalogues, which nobody takes for images.
 _LITTER = frozenset({"thumbs.db", "desktop.ini", "ehthumbs.db", "picasa.ini"})
 
 Skipped = tuple[str, str]
 
 
 def read_folder(data: Data) -> ImageSet:
-    """Return the images in a folder, those of its own splits in these, all others in `train`.
+    """Return the images in a folder, in its own splits if it has some, else in `train`.
 
     Raises:
         DataError: no such folder, no images, fewer than two classes, or classes that differ
@@ -32,17 +33,21 @@ def read_folder(data: Data) -> ImageSet:
     """
     root = Path(data.source).expanduser().resolve()
     if not root.is_dir():
+        cause = "it is a file, not a folder" if root.exists() else "no such folder"
         raise DataError(
-            f"--data {data.source}: no such folder; give a folder of class folders (or of train/, "
-            f"val/ and test/), a .csv or .parquet table, torchvision:NAME, an import path "
-            f"package.module:name, or {EMBEDDED!r} for the embedded data"
+            f"--data {data.source}: {cause}{_source_meant(data.source)}; give a folder of class "
+            "folders (or of train/, val/ and test/), a .csv or .parquet table, torchvision:NAME, "
+            f"an import path package.module:name, or {EMBEDDED!r} for the embedded data"
         )
-    found = {split: _split_folder(root, names) for split, names in _SPLIT_NAMES.items()}
+    found = {s: _split_folder(root, names, data) for s, names in _SPLIT_NAMES.items()}
     if data.label_regex is None and found["train"] and not _has_folders(found["train"]):
-        found = dict.fromkeys(found)  # a class of that name, say of trains among buses
+        found = dict.fromkeys(found)  # a class of that name, such as trains among buses
     held_out = found["val"] or found["test"]
     if found["train"] is None and held_out:
-        raise DataError(f"{root} has {held_out.name}/ and no train/: add it, or give classes alone")
+        raise DataError(
+            f"{data.source} has {held_out.name}/ and no train/: add it, or give a folder of class "
+            "folders"
+        )
     folders = {split: place for split, place in found.items() if place} or {"train": root}
     reader = _ClassFolders(root, data) if data.label_regex is None else _FlatFolder(root, data)
     for split, place in folders.items():
@@ -50,12 +55,21 @@ def read_folder(data: Data) -> ImageSet:
     if root not in folders.values():
         for beside in sorted(root.iterdir()):
             if beside.is_dir() and beside.name[:1] != "." and beside not in folders.values():
-                reader.skip(beside, "lies beside the folders of the splits, and is not read")
+                reader.skip(beside, "is beside the folders of the splits, and is not read")
     return reader.result()
 
 
+def _source_meant(source: str) -> str:
+    """Return `; did you mean ...?` where a source is nearly the name of a known data set."""
+    if Path(source).name != source:
+        return ""
+    near = nearest(source, TORCHVISION_NAMES)
+    hint = did_you_mean(source, [EMBEDDED])
+    return f"; did you mean 'torchvision:{near}'?" if near is not None and not hint else hint
+
+
 class _Reader(ABC):
-    """Walks folders, and gathers examples under the names of their classes."""
+    """Walks folders, and collects examples under the names of their classes."""
 
     def __init__(self, root: Path, data: Data) -> None:
         self.root = root
@@ -65,17 +79,22 @@ class _Reader(ABC):
 
     @abstractmethod
     def read(self, place: Path, split: str) -> None:
-        """Take the images below `place`, all of one split."""
+        """Collect the images below `place`, all of one split."""
+
+    def written(self, place: Path) -> Path:
+        """Return a path below the root as the user would write it, for messages."""
+        return Path(self.data.source) / place.relative_to(self.root)
 
     def classes(self) -> list[str]:
-        """Return the classes in their order: the asked ones, or those that were found."""
+        """Return the classes in their order: the requested ones, or those that were found."""
         names = sorted({name for _, name, _, _ in self.found})  # as torchvision's ImageFolder
         if self.data.classes is None:
             return names
         strange = [name for name in names if name not in self.data.classes]
         if strange:
             raise DataError(
-                f"{self.root} has images of {', '.join(strange[:5])}, which classes= does not name"
+                f"{self.data.source} has images of {', '.join(strange[:5])}, which classes= does "
+                "not name"
             )
         return list(self.data.classes)
 
@@ -94,7 +113,7 @@ class _Reader(ABC):
     def take(self, file: Path, name: str, split: str) -> None:
         try:
             now = file.stat()
-        except OSError:  # a link to nowhere: it is found again when images are decoded
+        except OSError:  # a broken link: it is reported when images are decoded
             now = None
         self.found.append((file.relative_to(self.root).as_posix(), name, now, split))
 
@@ -102,10 +121,10 @@ class _Reader(ABC):
         self.skipped.append((file.relative_to(self.root).as_posix(), cause))
 
     def image_files(self, folder: Path) -> Iterator[Path]:
-        """Walk `folder`, not following links to folders: they can loop.
+        """Walk `folder`, without following links to folders, which can loop.
 
-        Files with other endings than images have are looked into: photos without ending are
-        images, notes are not.
+        Files without a suffix of images are opened: photos without a suffix are images, notes are
+        not.
         """
         for place, folders, files in os.walk(folder, onerror=_refuse):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -126,7 +145,7 @@ class _Reader(ABC):
 
 
 def _refuse(error: OSError) -> None:
-    """Say what a walk leaves out otherwise, without a word."""
+    """Report a folder that `os.walk` would silently leave out."""
     raise DataError(f"{error.filename} cannot be listed: {error.strerror}")
 
 
@@ -139,22 +158,26 @@ class _ClassFolders(_Reader):
         folders = sorted(p for p in place.iterdir() if p.is_dir() and not p.name.startswith("."))
         if len(folders) < 2:
             raise DataError(
-                f"{place} has {len(folders)} class folder(s); it takes at least two, each with the "
-                "images of one class (for labels in file names, give --label-regex)"
+                f"{self.written(place)} has {len(folders)} class folder(s); at least two are "
+                "required, each with the images of one class (for labels in file names, give "
+                "--label-regex)"
             )
         for file in sorted(place.iterdir()):
             if file.is_file() and file.suffix.lower() in ENDINGS and file.name[:1] != ".":
-                self.skip(file, "lies beside the class folders, and has no label")
+                self.skip(file, "is beside the class folders, and has no label")
         for folder in folders:
             before = len(self.found)
             for file in sorted(self.image_files(folder)):
                 self.take(file, folder.name, split)
             if len(self.found) == before:
                 endings = ", ".join(sorted(ENDINGS)[:6])
-                raise DataError(f"{folder} holds no image ({endings}, ...); add some, or remove it")
+                raise DataError(
+                    f"{self.written(folder)} holds no image ({endings}, ...); add some, or remove "
+                    "the folder"
+                )
         theirs = frozenset(folder.name for folder in folders)
         self._first = self._first or theirs
-        _require_same_classes(self._first, theirs, place)
+        _require_same_classes(self._first, theirs, self.written(place))
 
 
 class _FlatFolder(_Reader):
@@ -177,20 +200,22 @@ class _FlatFolder(_Reader):
             total = len(without) + len(self.found) - before
             raise DataError(
                 f"--label-regex {self.data.label_regex!r} finds no label in {len(without)} of "
-                f"{total} paths below {place}, such as {without[0]!r}; "
+                f"{total} paths below {self.written(place)}, such as {without[0]!r}; "
                 "the label is its first group, or the whole match"
             )
         names = {name for _, name, _, _ in self.found}
         if len(names) < 2:
             held = f"only the label {names.pop()!r}" if names else "no image"
-            raise DataError(f"{place}: --label-regex {self.data.label_regex!r} finds {held}")
+            raise DataError(
+                f"{self.written(place)}: --label-regex {self.data.label_regex!r} finds {held}"
+            )
 
 
-def _split_folder(root: Path, names: Sequence[str]) -> Path | None:
+def _split_folder(root: Path, names: Sequence[str], data: Data) -> Path | None:
     folders = sorted(p for p in root.iterdir() if p.is_dir() and p.name.casefold() in names)
     if len(folders) > 1:
         both = " and ".join(f"{folder.name}/" for folder in folders)
-        raise DataError(f"{root} has {both}: rename the one that is not meant")
+        raise DataError(f"{data.source} has {both}: rename the one that is not the split")
     return folders[0] if folders else None
 
 
@@ -205,8 +230,8 @@ def _require_same_classes(
     if not missing and not extra:
         return
     parts = [f"lacks {', '.join(missing[:5])}"] if missing else []
-    parts += [f"has {', '.join(extra[:5])} besides"] if extra else []
+    parts += [f"also has {', '.join(extra[:5])}"] if extra else []
     raise DataError(
-        f"{folder} {' and '.join(parts)}: every split needs the classes of train/, by the same "
+        f"{folder} {' and '.join(parts)}: every split needs the classes of train/, with the same "
         "names"
     )

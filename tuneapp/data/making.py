@@ -1,4 +1,4 @@
-"""Decode all images of a set, into a file or only to know which can be read."""
+"""Decode all images of a set, into a file or only to find out which can be read."""
 
 import os
 from collections.abc import Callable
@@ -14,16 +14,16 @@ from tuneapp.data.pixels import USED, Preprocessing
 from tuneapp.data.reading import read_example
 
 Watch = Callable[[str, int, int], None]
-"""Told what is being done, how many images are done, and how many there are."""
+"""Is called with what is being done, the number of images done, and the number of all images."""
 
 Made = tuple[npt.NDArray[np.int64], list[str], dict[int, str]]
-"""Height and width of each image, (0, 0) for one that cannot be read; digests; causes."""
+"""Height and width of each image, (0, 0) for an unreadable one; digests; causes by index."""
 
 
 def decode_files(
     aside: Path, images: ImageSet, preprocessing: Preprocessing, room: int, watch: Watch
 ) -> Made:
-    """Measure every file by its header, then decode each into its place; on all cores."""
+    """Measure every file by its header, then decode each to its offset; on all cores."""
     assert images.root is not None
     examples = images.of(*USED)
     files = [str(images.root / e.path) for e in examples]
@@ -84,7 +84,7 @@ def _reserve(file: Path, num_bytes: int) -> bool:
 def copy_objects(
     aside: Path, images: ImageSet, preprocessing: Preprocessing, room: int, watch: Watch
 ) -> Made:
-    """Ask a Dataset for every image, one after the other: nobody knows whether it bears threads."""
+    """Load every image of a Dataset, one after the other: it need not be thread-safe."""
     examples = images.of(*USED)
     shapes = np.zeros((len(examples), 2), dtype=np.int64)
     digests, causes = [], {}

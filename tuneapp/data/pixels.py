@@ -1,4 +1,4 @@
-"""The pixels of images at the size that trials want: from a file, or decoded at each use."""
+"""The pixels of images at the size that trials use: from a file, or decoded at each use."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ class Preprocessing:
 
     Attributes:
         resize_size: short side in pixels after resizing.
-        crop_size: height and width in pixels that the network sees.
+        crop_size: height and width in pixels of the network's input.
         interpolation: torchvision's name, such as `bilinear`.
         mean: of each channel, for values in [0, 1].
         std: likewise.
@@ -46,14 +46,14 @@ class StoredPixels:
         self._pixels: npt.NDArray[np.uint8] = (
             np.memmap(folder / "pixels.bin", dtype=np.uint8, mode="r")
             if self._ends[-1]
-            else np.empty(0, dtype=np.uint8)  # not one image can be read; nothing cannot be mapped
+            else np.empty(0, dtype=np.uint8)  # no image can be read, and an empty file not mapped
         )
 
     def __reduce__(self) -> tuple[type["StoredPixels"], tuple[Path]]:
         return StoredPixels, (self._folder,)
 
     def image(self, index: int) -> torch.Tensor:
-        """Return one image, uint8 (3, H, W): a copy, so that nobody can write to the shared one."""
+        """Return one image, uint8 (3, H, W): a copy, so that the shared file is not written to."""
         height, width = self._shapes[index]
         end = int(self._ends[index])
         flat = np.array(self._pixels[end - int(height) * int(width) * 3 : end])
@@ -72,7 +72,8 @@ class StreamedPixels:
         """Return one image, uint8 (3, H, W), equal to the stored one.
 
         Raises:
-            DataError: its file is gone or has changed since the sweep began; the message names it.
+            DataError: its file is missing or has changed since the sweep began; the message names
+                it.
         """
         example = self._examples[index]
         wanted = self._preprocessing
@@ -87,5 +88,5 @@ class StreamedPixels:
             return read_example(self._images, example)
         content = read_bytes(self._images.root / example.path)
         if example.digest and digest(content) != example.digest:
-            raise Unreadable("has changed since the run began; restore it, or begin a new run")
+            raise Unreadable("has changed since the run began; restore it, or start a new run")
         return decode(content)

@@ -1,4 +1,4 @@
-"""From an example to its image, whatever kind of source it is of."""
+"""From an example to its image, for every kind of source."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -28,7 +28,7 @@ def read_example(images: ImageSet, example: Example) -> Image.Image:
     """Decode one image to RGB, upright.
 
     Raises:
-        Unreadable: it cannot be read as an image; the message says why, and not which.
+        Unreadable: it cannot be read as an image; the message says why, but does not name it.
     """
     if images.root is not None:
         return read_image(images.root / example.path)
@@ -39,5 +39,5 @@ def read_example(images: ImageSet, example: Example) -> Image.Image:
 
 @lru_cache(maxsize=4)
 def _opener(data: Data) -> Opener:
-    """Open a Dataset source, once in a process."""
+    """Open a Dataset source, once per process."""
     return open_dataset(data)

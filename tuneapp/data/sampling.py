@@ -1,8 +1,8 @@
-"""Which examples an epoch has, in which order, and what each one's view is drawn from.
+"""The examples of an epoch, their order, the seeds of their views, and the number of batches.
 
-Every draw is a function of (seed, epoch, index of the example), and the order of an epoch one of
-(seed, epoch). Nothing depends on what was drawn before: not on the batch size, the trial, the
-process, or where a training was resumed.
+Every draw is a function of (seed, epoch, index of the example), and the order of an epoch is one of
+(seed, epoch). Nothing depends on earlier draws: not on the batch size, the trial, the process, or
+where a training was resumed.
 """
 
 from collections import defaultdict
@@ -17,12 +17,12 @@ from tuneapp.errors import ConfigError
 
 Indices = npt.NDArray[np.intp]
 
-# What a number is drawn for: two purposes never share a stream.
+# The purposes of draws: two purposes never share a stream.
 _ORDER, _VIEW, _MIX, _SUBSTITUTE = 0, 1, 2, 3
 
 
 class Draw(NamedTuple):
-    """An epoch: which examples, in order, and for each the seed of its view (None: as it is)."""
+    """An epoch: its examples in order, and the seed of each one's view (None: no random view)."""
 
     indices: Indices
     seeds: npt.NDArray[np.int64] | None
@@ -53,7 +53,7 @@ def repeated(seeds: npt.NDArray[np.int64], repeats: Indices) -> npt.NDArray[np.i
 
     Args:
         seeds: of each example's first view.
-        repeats: which time it is, from 0, which leaves the seed as it is.
+        repeats: how often each came before; at 0 the seed stays as it is.
     """
     again = repeats > 0
     mixed = seeds[again].astype(np.uint64)
@@ -67,8 +67,19 @@ def repeated(seeds: npt.NDArray[np.int64], repeats: Indices) -> npt.NDArray[np.i
 
 
 def batch_seed(seed: int, epoch: int, number: int) -> int:
-    """Return the seed by which batch `number` of an epoch is mixed."""
+    """Return the seed with which batch `number` of an epoch is mixed."""
     return int(np.random.SeedSequence([seed, _MIX, epoch, number]).generate_state(1)[0])
+
+
+def num_batches(num_examples: int, batch_size: int) -> int:
+    """Return the number of batches of a training epoch.
+
+    A single leftover example joins the batch before it: BatchNorm cannot be trained on one example
+    of which one pixel is left.
+    """
+    full, rest = divmod(num_examples, batch_size)
+    joins = rest == 1 and full > 0
+    return full + (rest > 0 and not joins)
 
 
 class InOrder:
@@ -88,7 +99,7 @@ class InOrder:
 
 
 class Shuffled:
-    """The training examples of each epoch, as a configuration asks for them."""
+    """The training examples of each epoch, as a configuration samples them."""
 
     def __init__(
         self, store: Store, config: TrialConfig, seed: int, substitute: bool = False
@@ -96,13 +107,13 @@ class Shuffled:
         """Sample the training split of `store`.
 
         Args:
-            store: labels, weights, and what of it cannot be read.
-            config: says how to sample.
+            store: labels, weights, and which examples cannot be read.
+            config: how to sample.
             seed: of the run.
-            substitute: put another example of the same class in the place of each unreadable one.
+            substitute: replace each unreadable example by another one of the same class.
 
         Raises:
-            ConfigError: the sampling has no meaning for these examples.
+            ConfigError: these examples cannot be sampled in this way.
         """
         self._seed = seed
         self._count = len(store.labels)
@@ -144,7 +155,7 @@ class Shuffled:
         return Draw(self._substituted(indices, epoch), seeds)
 
     def _positions(self, epoch: int) -> Indices:
-        """Return which of the indices an epoch has, in its order."""
+        """Return the positions of an epoch's examples in the list of indices, in its order."""
         config, available = self._config, len(self._indices)
         if config.sampling == "shuffle":
             return epoch_order(self._seed, epoch, available)
@@ -155,13 +166,13 @@ class Shuffled:
             _, inverse, counts = np.unique(self._classes, return_inverse=True, return_counts=True)
             weights = 1 / counts[inverse]
         else:
-            return self._as_many_of_each(random)
+            return self._equally_many(random)
         return random.choice(
             available, self.num_examples, replace=config.replacement, p=weights / weights.sum()
         )
 
-    def _as_many_of_each(self, random: np.random.Generator) -> Indices:
-        """Draw, of each class, as many as the smallest one has."""
+    def _equally_many(self, random: np.random.Generator) -> Indices:
+        """Draw as many examples of each class as the smallest class has."""
         classes = np.unique(self._classes)
         each = self.num_examples // len(classes)
         drawn = [
@@ -183,7 +194,7 @@ class Shuffled:
 
 
 def _repeats(indices: Indices) -> Indices:
-    """Return for each of these how many times it came before."""
+    """Return how often each of these came before."""
     seen: dict[int, int] = defaultdict(int)
     repeats = np.zeros(len(indices), dtype=np.intp)
     for position, index in enumerate(indices.tolist()):
@@ -193,7 +204,7 @@ def _repeats(indices: Indices) -> Indices:
 
 
 def _rarest_classes(store: Store, indices: Indices) -> npt.NDArray[np.int64]:
-    """Return the class of each example; of several, the rarest; -1 where it shows none."""
+    """Return the class of each example: the rarest of several, -1 if it has none."""
     labels = store.labels[indices].numpy()
     if labels.ndim == 1:
         return np.asarray(labels)
@@ -204,7 +215,7 @@ def _rarest_classes(store: Store, indices: Indices) -> npt.NDArray[np.int64]:
 def _others(store: Store) -> dict[int, Indices]:
     """Return, for each unreadable training example, the readable ones with the same label.
 
-    Of several labels at once there may be no second example: then it is left out.
+    With several labels at once, no other example may have the same ones: then it is left out.
     """
     wanted = {index: _label(store, index) for index in store.bad_indices("train").tolist()}
     if not wanted:

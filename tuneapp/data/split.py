@@ -1,6 +1,6 @@
-"""Who is for training, validation and test: drawn once, seeded, stratified, groups kept together.
+"""Training, validation and test splits: drawn once, seeded, stratified, groups kept together.
 
-A split is written into the run directory, and read back by whatever goes on with the run.
+A split is written into the run directory, and read from there when the run is resumed.
 """
 
 import csv
@@ -29,11 +29,11 @@ _NAMED = 5  # how many names a message lists
 def split(images: ImageSet, seed: int) -> ImageSet:
     """Return the set with its missing splits drawn, sorted by split and path, and checked.
 
-    What the data say themselves stays; a test split is drawn only where there is neither a
-    validation nor a test split. With `data.folds`, what is not for testing gets a fold each.
+    Splits of the data set are kept; a test split is drawn only if there is neither a validation nor
+    a test split. With `data.folds`, each example outside the test split gets a fold.
 
     Raises:
-        DataError: a class or a side of a split would be without an example, or a group on both.
+        DataError: a split would have no example of a class, or a group would be in two splits.
     """
     present = {e.split for e in images.examples}
     shares = {"test": images.data.test_share if present == {"train"} else 0.0}
@@ -54,7 +54,7 @@ def split(images: ImageSet, seed: int) -> ImageSet:
 
 
 def leaking_groups(images: ImageSet) -> dict[str, list[str]]:
-    """Return the groups that are in several splits, each with these."""
+    """Return the groups that are in several splits, each with its splits."""
     seen: dict[str, set[str]] = {}
     for e in images.examples:
         if e.group:
@@ -65,7 +65,7 @@ def leaking_groups(images: ImageSet) -> dict[str, list[str]]:
 def _split_off(
     images: ImageSet, train: list[int], side: str, share: float, seed: int
 ) -> tuple[ImageSet, list[int]]:
-    """Move a stratified share of these training examples to `side`; return the rest, too."""
+    """Move a stratified share of these training examples to `side`; also return the rest."""
     if any(images.examples[i].group for i in train):
         held_out = _whole_groups(images, train, share, seed, side)
     else:
@@ -80,7 +80,7 @@ def _split_off(
         except ValueError as error:
             raise DataError(f"{images.data.source} cannot be split by class: {error}") from None
         if not _shown(images, train) == _shown(images, held_out) == _shown(images, before):
-            # Of many small classes, shares of less than one image are all the same for it.
+            # train_test_split can leave out classes of which the share is less than one image.
             train = before
             held_out = _some_of_each(train, strata, share, seed)
     moved = set(held_out)
@@ -93,7 +93,7 @@ def _split_off(
 def _some_of_each(
     train: Sequence[int], strata: Sequence[int], share: float, seed: int
 ) -> list[int]:
-    """Return a share of each class, one of it at least."""
+    """Return a share of each class, at least one example."""
     random = np.random.default_rng(seed)
     by_class: dict[int, list[int]] = defaultdict(list)
     for index, stratum in zip(train, strata, strict=True):
@@ -108,17 +108,17 @@ def _some_of_each(
 def _whole_groups(
     images: ImageSet, train: Sequence[int], share: float, seed: int, side: str
 ) -> list[int]:
-    """Return about a share of these examples, whole groups of them, classes as even as can be."""
+    """Return about a share of these examples, in whole groups, with classes as even as possible."""
     groups = _groups(images, train)
     parts = max(2, round(1 / share))
     if len(set(groups)) < 2:
         raise DataError(
-            f"{images.data.source}: all images are of one group, {groups[0]!r}: no {side} split "
-            "can be made; check the group column or expression"
+            f"{images.data.source}: all images belong to one group, {groups[0]!r}, so no {side} "
+            "split can be drawn; check the group column or expression"
         )
     strata = _strata(images, train, least=parts)
     first: list[int] | None = None
-    # Groups of one class each can be too few for that many parts: then larger ones.
+    # Groups of one class each can be too few for that many parts: then try fewer, larger parts.
     most = min(parts, len(set(groups)), max(Counter(strata).values()))
     for number in range(most, 1, -1):
         folds = StratifiedGroupKFold(number, shuffle=True, random_state=seed)
@@ -133,7 +133,7 @@ def _whole_groups(
             f"{images.data.source}: {len(set(groups))} groups with so few images of each class "
             f"cannot be split; give a {side} split with the data"
         )
-    return first  # what is missing is said when all splits are drawn
+    return first  # what is missing is reported when all splits are drawn
 
 
 def _shown(images: ImageSet, indices: Iterable[int]) -> set[int]:
@@ -142,7 +142,7 @@ def _shown(images: ImageSet, indices: Iterable[int]) -> set[int]:
 
 
 def _fold(images: ImageSet, folds: int, seed: int) -> ImageSet:
-    """Give each example that is not for testing its fold."""
+    """Give a fold to each example outside the test split."""
     used = [i for i, e in enumerate(images.examples) if e.split != "test"]
     strata = _strata(images, used, least=folds)
     groups = _groups(images, used)
@@ -155,7 +155,7 @@ def _fold(images: ImageSet, folds: int, seed: int) -> ImageSet:
         ]
         raise DataError(
             f"{folds} folds need {folds} images of each class, and there are fewer of "
-            f"{_some(sorted(names))}; ask for fewer folds, or add images"
+            f"{_some(sorted(names))}; give fewer folds, or add images"
         )
     fold_of: dict[int, int] = {}
     if len(set(groups)) < len(groups):
@@ -179,7 +179,7 @@ def _quietly(
     strata: Sequence[int],
     groups: Sequence[str],
 ) -> Iterable[tuple[Sequence[int], Sequence[int]]]:
-    """Split without scikit-learn's warnings: what they warn of is checked, and is an error."""
+    """Split without scikit-learn's warnings: their causes are checked, and are errors."""
     import warnings
 
     with warnings.catch_warnings():
@@ -188,16 +188,16 @@ def _quietly(
 
 
 def _groups(images: ImageSet, indices: Sequence[int]) -> list[str]:
-    """Return the group of each; one without is its own."""
+    """Return the group of each example; one without a group is a group by itself."""
     examples = images.examples
     return [examples[i].group or f"\0{examples[i].path}" for i in indices]
 
 
 def _strata(images: ImageSet, indices: Sequence[int], least: int) -> list[int]:
-    """Return the class by which each example is spread evenly.
+    """Return the class by which each example is stratified.
 
-    Of an image with several classes the rarest one, so that it is there on every side; -1 without
-    any. Where that leaves fewer than `least` for some class, they join the largest one.
+    Of an image with several classes it is the rarest one, so that it is in every split; without
+    any class it is -1. Strata of fewer than `least` examples are merged into the largest one.
     """
     counts = Counter(label for i in indices for label in images.examples[i].labels)
     strata = [
@@ -212,16 +212,16 @@ def _strata(images: ImageSet, indices: Sequence[int], least: int) -> list[int]:
 
 
 def require_usable(images: ImageSet) -> None:
-    """Check, once it is known what can be read, that every class is still on every side.
+    """Check, once it is known which images can be read, that each split still has every class.
 
     Raises:
-        DataError: it is not, or `bad_images` is `error` and there are some.
+        DataError: one lacks a class, or `bad_images` is `error` and some cannot be read.
     """
     bad = [f"{e.path} {e.bad}" for e in images.examples if e.bad]
     if bad and images.data.bad_images == "error":
         raise DataError(
-            f"{len(bad)} of {len(images.examples)} images cannot be read: {_some(bad)}; mend or "
-            "remove them, or leave them out by --bad-images drop"
+            f"{len(bad)} of {len(images.examples)} images cannot be read: {_some(bad)}; repair or "
+            "remove them, or leave them out with --bad-images drop"
         )
     try:
         require_classes(images)
@@ -244,17 +244,17 @@ def _require_enough(images: ImageSet) -> None:
 
 
 def _require_sides(images: ImageSet) -> None:
-    """Check that every class is in each split and fold, and no group in two of them.
+    """Check that each split and fold has every class, and that no group is in two of them.
 
     Raises:
-        DataError: it is otherwise.
+        DataError: a class is missing, or a group is in two of them.
     """
     leaking = leaking_groups(images)
     if leaking:
         group, sides = next(iter(leaking.items()))
         raise DataError(
-            f"{len(leaking)} group(s) are on both sides of a split, such as {group!r}, in "
-            f"{' and '.join(sides)}: mend the split, or leave the group out"
+            f"{len(leaking)} group(s) are in several splits, such as {group!r} in "
+            f"{' and '.join(sides)}: correct the split, or leave the group out"
         )
     require_classes(images)
 
@@ -263,7 +263,7 @@ def require_classes(images: ImageSet) -> None:
     """Check that every class has a readable example in each split and fold.
 
     Raises:
-        DataError: one has not.
+        DataError: one lacks a class.
     """
     sides = (
         [images] if not images.num_folds else [images.fold(n + 1) for n in range(images.num_folds)]
@@ -278,7 +278,7 @@ def require_classes(images: ImageSet) -> None:
                 where = f"{name} of fold {number}" if images.num_folds else name
                 raise DataError(
                     f"no image of {_some(absent)} would be in {where}: add images of that class"
-                    + (", or ask for fewer folds" if images.num_folds else "")
+                    + (", or give fewer folds" if images.num_folds else "")
                 )
 
 
@@ -295,9 +295,9 @@ _COLUMNS = (
 
 
 def write_split(file: Path, images: ImageSet) -> None:
-    """Write which image is in which split, a row each.
+    """Write which image is in which split, one row each.
 
-    The class of a multi-label example is a JSON list of them.
+    The class of a multi-label example is a JSON list of its classes.
     """
 
     def write(aside: Path) -> None:
@@ -318,7 +318,7 @@ def write_split(file: Path, images: ImageSet) -> None:
 
 
 def write_bad_images(file: Path, images: ImageSet) -> None:
-    """Write the images that cannot be read, and the files that are none, if there are some."""
+    """Write the images that cannot be read, and the files that are no images, if any."""
     rows = [
         (e.path, " ".join(images.classes[label] for label in e.labels), e.split, e.bad)
         for e in images.examples
@@ -380,21 +380,21 @@ def _from_row(row: Mapping[str, str], labels: Mapping[str, int], is_multilabel: 
 
 
 def require_unchanged(images: ImageSet) -> None:
-    """Check that the files are what they were when the run began.
+    """Check that the files are unchanged since the run began.
 
-    A file whose size and time of change are the same is taken to be; one with another time (a copy
-    of the folder, say) is read, and its content compared.
+    A file whose size and modification time are the same counts as unchanged; one with another time,
+    such as in a copy of the folder, is read, and its content compared.
 
     Raises:
-        DataError: some are gone or have changed; the message names the first ones.
+        DataError: some are missing or have changed; the message names the first ones.
     """
     if images.root is None:
         return
     changed = [e.path for e in images.examples if _has_changed(images.root / e.path, e)]
     if changed:
         raise DataError(
-            f"{len(changed)} of {len(images.examples)} images in {images.root} are gone or have "
-            f"changed since this run began: {_some(changed)}; put them back, or start a new sweep"
+            f"{len(changed)} of {len(images.examples)} images in {images.root} are missing or have "
+            f"changed since this run began: {_some(changed)}; restore them, or start a new sweep"
         )
 
 

@@ -1,15 +1,14 @@
-"""Decode every image once, for all trials of a machine; beyond a budget of bytes, at each use.
+"""Decode every image once, for all trials on a machine; beyond a budget of bytes, at each use.
 
-A store is one flat file of uint8 pixels and an index. Each image is kept at the size to which the
-evaluation preprocessing resizes it (short side, aspect kept), so that a centre crop of the stored
-pixels is exactly torchvision's own preprocessing of the file. Trials map the file read-only; its
-pages are shared by all of them.
+A store is one flat file of uint8 pixels and an index. Each image is stored at the size to which the
+evaluation preprocessing resizes it (short side, with its aspect ratio), so that a centre crop of
+the stored pixels is exactly torchvision's own preprocessing of the file. Trials map the file
+read-only and share its pages in memory.
 
-The index alone is made where the pixels would not fit the budget: every image is decoded once, to
-know before any training which ones cannot be read, and again whenever it is used.
+If the pixels would not fit the budget, only the index is made: every image is decoded once, to know
+before any training which ones cannot be read, and again at each use.
 
-Both hold the examples of the training and validation splits only: what is not in them, no trial
-can read.
+Both hold only the examples of the training and validation splits: trials cannot read others.
 """
 
 import contextlib
@@ -36,23 +35,23 @@ from tuneapp.data.pixels import USED, Preprocessing, StoredPixels, StreamedPixel
 from tuneapp.data.reading import read_example
 from tuneapp.errors import DataError
 
-_FORMAT = 2  # raise it when the stored bytes change, so that older stores are made anew
-_PROBES = 16  # images of a Dataset by whose pixels its store is found again
-_IDLE_S = 24 * 3600.0  # a store that nothing opened for so long may be removed for a new one
+_FORMAT = 2  # to be raised when the stored bytes change, so that older stores are not used
+_PROBES = 16  # images of a Dataset whose pixels identify its store
+_IDLE_S = 24 * 3600.0  # a store not opened for this long may be removed to make room for a new one
 
 
 class Store:
     """The examples that trials may use, and their pixels.
 
     Attributes:
-        pixels: where they come from.
+        pixels: reads the pixels of each example.
         labels: int64 (N,); of a multi-label set, float32 (N, classes) of 0 and 1.
-        weights: float64 (N,), how often each is to be drawn where sampling is weighted.
+        weights: float64 (N,), how often each example is drawn with weighted sampling.
         bad: whether each example cannot be read, bool (N,).
     """
 
     def __init__(self, folder: Path, images: ImageSet, preprocessing: Preprocessing) -> None:
-        """Open what `open_store` made in `folder`."""
+        """Open the store that `open_store` made in `folder`."""
         examples = images.of(*USED)
         self.folder = folder
         self.is_streamed = not (folder / "pixels.bin").exists()
@@ -65,8 +64,8 @@ class Store:
             int(index): cause
             for index, cause in json.loads((folder / "bad.json").read_text()).items()
         }
-        # Also what another preprocessing of the same run cannot use (a strip too long for it), so
-        # that all trials have the same examples.
+        # Also examples that another preprocessing of the same run cannot use (such as a long
+        # strip), so that all trials have the same examples.
         self.bad = np.array([bool(e.bad) for e in examples])
         self.bad[list(self.causes)] = True
         splits = np.array([e.split for e in examples])
@@ -87,7 +86,7 @@ class Store:
         return np.asarray(indices[self.bad[indices]])
 
     def stamped(self, images: ImageSet) -> ImageSet:
-        """Return the set with the digests of its contents, and what of it cannot be read."""
+        """Return the set with the digests of its examples, and the causes of unreadable ones."""
         digests = np.load(self.folder / "digests.npy").tolist()
         index = 0
         examples = []
@@ -118,16 +117,16 @@ def open_store(
 ) -> Store:
     """Return the store of these images at this size, making it if this machine has none yet.
 
-    Of several processes that ask at once, one makes it and the others wait.
+    Of several processes at once, one makes it and the others wait.
 
     Args:
-        images: split.
-        preprocessing: says the size.
+        images: already split.
+        preprocessing: gives the size.
         budget: bytes that all stores of this machine may take together; if these images would
             not fit, they are streamed. None is half of the disk's free space.
-        watch: told how far it is.
-        accept_index: stream where that was decided before, even if there is room by now: a trial
-            takes what its sweep began with.
+        watch: is called with the progress.
+        accept_index: stream if an index exists, even if there is room by now: a trial uses what its
+            sweep began with.
 
     Raises:
         DataError: the disk is full or cannot be written.
@@ -146,8 +145,8 @@ def open_store(
                 folder = _existing(stored, indexed, budget)
                 if folder is None:
                     folder = _make(stored, indexed, images, preprocessing, budget, watch)
-        with contextlib.suppress(OSError):  # of another user, perhaps
-            os.utime(folder)  # used just now: not to be removed for another
+        with contextlib.suppress(OSError):  # it may belong to another user
+            os.utime(folder)  # used just now, so not idle
         return Store(folder, images, preprocessing)
     except OSError as error:
         raise DataError(
@@ -157,7 +156,7 @@ def open_store(
 
 
 def _existing(stored: Path, indexed: Path, budget: int | None) -> Path | None:
-    """Return the store, or an index whose pixels do not fit the budget, if there is one."""
+    """Return the existing store, or an index whose pixels do not fit the budget, if any."""
     if stored.is_dir():
         return stored
     if indexed.is_dir() and _num_bytes(np.load(indexed / "shapes.npy")) > _room(budget):
@@ -166,9 +165,9 @@ def _existing(stored: Path, indexed: Path, budget: int | None) -> Path | None:
 
 
 def _has_healed(folder: Path, images: ImageSet) -> bool:
-    """Return whether a file that the disk, the network or its rights kept from being read now is.
+    """Whether a file that the disk, the network or permissions made unreadable can now be read.
 
-    Such a file is as it was, so its store would be found again for ever.
+    Such a file is unchanged, so its store, in which it is unreadable, would be used forever.
     """
     if images.root is None:
         return False
@@ -194,7 +193,7 @@ def _room(budget: int | None) -> int:
 
 
 def _stores() -> list[Path]:
-    """Return the stores of this machine, the one that was not used for longest first."""
+    """Return the stores of this machine, the least recently used first."""
     return sorted(cache_dir().glob("store-*/"), key=lambda folder: folder.stat().st_mtime)
 
 
@@ -221,9 +220,9 @@ def _make_room(needed: int, budget: int | None) -> None:
 
 
 def _key(images: ImageSet, preprocessing: Preprocessing) -> str:
-    """Name the bytes of a store: the files as they were when the run began, and what is done."""
+    """Return the key of a store: a hash of its files as the run found them, and the resizing."""
     examples = images.of(*USED)
-    said = hashlib.sha256(
+    key = hashlib.sha256(
         json.dumps(
             [
                 _FORMAT,
@@ -236,31 +235,31 @@ def _key(images: ImageSet, preprocessing: Preprocessing) -> str:
         ).encode()
     )
     for e in examples:
-        said.update(f"{e.path!r} {e.num_bytes} {e.modified_ns}\n".encode())
+        key.update(f"{e.path!r} {e.num_bytes} {e.modified_ns}\n".encode())
     if images.data.is_dataset:
         for e in _probes(examples):
-            said.update((e.digest or _pixel_digest(images, e)).encode())
-    return said.hexdigest()[:20]
+            key.update((e.digest or _pixel_digest(images, e)).encode())
+    return key.hexdigest()[:20]
 
 
 def require_repeatable(images: ImageSet) -> None:
-    """Check, by some images of it, that a Dataset gives the same image each time.
+    """Check with some images that a Dataset gives the same image each time.
 
     Raises:
-        DataError: it does not; what it draws would be frozen into the store.
+        DataError: it does not; one random draw would be frozen into the store.
     """
     if not images.data.is_dataset:
         return
     for example in _probes(images.of(*USED)):
         if _pixel_digest(images, example) != _pixel_digest(images, example):
             raise DataError(
-                f"{images.name_of(example)} is another image each time it is asked for; take the "
-                "random transforms out of the Dataset, and name them by augment="
+                f"{images.name_of(example)} is another image each time it is loaded; remove the "
+                "random transforms from the Dataset, and give them as augment="
             )
 
 
 def require_same_pixels(images: ImageSet) -> None:
-    """Check, by some images of it, that a Dataset gives what it gave when the run began.
+    """Check with some images that a Dataset gives the same images as when the run began.
 
     Raises:
         DataError: it does not; the message names the first example.
@@ -271,7 +270,7 @@ def require_same_pixels(images: ImageSet) -> None:
         if example.digest and _pixel_digest(images, example) != example.digest:
             raise DataError(
                 f"{images.name_of(example)} is another image than when this run began; restore "
-                "the data, or begin a new run"
+                "the data, or start a new run"
             )
 
 
@@ -297,8 +296,8 @@ def _make(
     budget: int | None,
     watch: Watch,
 ) -> Path:
-    """Make a store, or the index alone where the pixels do not fit the budget; return it."""
-    for left in stored.parent.glob(f".{stored.name}.*"):  # by a process that was killed
+    """Make a store, or only the index if the pixels do not fit the budget; return its folder."""
+    for left in stored.parent.glob(f".{stored.name}.*"):  # by a killed process
         shutil.rmtree(left, ignore_errors=True)
     aside = Path(tempfile.mkdtemp(dir=stored.parent, prefix=f".{stored.name}."))
     try:
@@ -316,7 +315,7 @@ def _make(
             with pixels.open("rb") as written:
                 os.fsync(written.fileno())
         for file in aside.iterdir():
-            file.chmod(0o444)  # nobody is to write to what all share
+            file.chmod(0o444)  # all trials share it: nobody must write to it
         folder = stored if pixels.exists() else indexed
         aside.chmod(0o755)
         aside.replace(folder)
@@ -328,9 +327,9 @@ def _make(
 def checked_apart(
     images: ImageSet, preprocessing: Preprocessing, split: str, watch: Watch
 ) -> ImageSet:
-    """Return the set with the digests of a split, and what of it cannot be read.
+    """Return the set with the digests of a split, and the causes of its unreadable images.
 
-    Its images are decoded to know that, and no pixel of them is kept.
+    Its images are decoded for that; none of their pixels are stored.
     """
     if not images.of(split):
         return images

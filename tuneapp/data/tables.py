@@ -11,7 +11,7 @@ import pandas as pd
 
 from tuneapp.config import Data
 from tuneapp.data.examples import SPLITS, Example, ImageSet, sorted_classes
-from tuneapp.errors import DataError, did_you_mean
+from tuneapp.errors import DataError, did_you_mean, first_line
 
 _SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -26,17 +26,19 @@ def read_table(data: Data) -> ImageSet:
     """Return the images that a table names, with their labels, splits, weights and groups.
 
     Raises:
-        DataError: the table cannot be read, lacks a column, or has values that make no sense; the
-            message names the first rows.
+        DataError: the table cannot be read, lacks a column, or has invalid values; the message
+            names the first rows.
     """
-    file = Path(data.source).expanduser().resolve()
-    table = _read(file, data)
+    file = Path(data.source)  # as the user wrote it, for messages
+    place = file.expanduser().resolve()
+    root = place.parent
+    table = _read(place, data)
     columns = _columns(table, file, data)
     if table.empty:
         raise DataError(f"{file} has no row")
     classes, labels = _labels(table, file, data)
     paths = _texts(table, columns["path"], file)
-    stats = _stats(file, paths)
+    stats = _stats(file, root, paths)
     splits = _splits(table, columns.get("split"), file)
     weights = _weights(table, columns.get("weight"), file)
     groups = [""] * len(paths)
@@ -51,11 +53,11 @@ def read_table(data: Data) -> ImageSet:
             paths, labels, splits, groups, weights, stats, strict=True
         )
     )  # fmt: skip
-    seen = pd.Series([os.path.normpath(file.parent / path) for path in paths])
-    doubled = seen[seen.duplicated()]
-    if len(doubled):
+    is_doubled = pd.Series([os.path.normpath(root / path) for path in paths]).duplicated()
+    if is_doubled.any():
+        first = paths[int(is_doubled.argmax())]
         raise DataError(
-            f"{file} names {len(doubled)} image(s) more than once, such as {doubled.iloc[0]!r}"
+            f"{file} names {is_doubled.sum()} image(s) more than once, such as {first!r}"
         )
     is_multilabel = data.label_separator is not None or not isinstance(
         data.label_column, str | None
@@ -64,24 +66,24 @@ def read_table(data: Data) -> ImageSet:
     found = [role for role in _OPTIONAL if role in columns]
     notes = [f"columns {used}"] if used else []
     notes += [f"the table's column {columns[role]!r} gives the {role}" for role in found]
-    return ImageSet(file.parent, tuple(classes), examples, data, is_multilabel, notes=tuple(notes))
+    return ImageSet(root, tuple(classes), examples, data, is_multilabel, notes=tuple(notes))
 
 
-def _read(file: Path, data: Data) -> pd.DataFrame:
+def _read(place: Path, data: Data) -> pd.DataFrame:
+    file = data.source
     try:
-        if file.suffix.lower() == ".parquet":
-            return pd.read_parquet(file)
+        if place.suffix.lower() == ".parquet":
+            return pd.read_parquet(place)
         # As text: "007" is a name and not a number, and so is "NA".
         return pd.read_csv(
-            file, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False
+            place, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False
         )
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 text ({error.reason}); save it as UTF-8") from None
     except FileNotFoundError:
         raise DataError(f"--data {data.source}: no such file") from None
     except Exception as error:  # pandas and pyarrow raise many kinds
-        first_line = str(error).strip().split("\n")[0]
-        raise DataError(f"{file} cannot be read as a table: {first_line}") from None
+        raise DataError(f"{file} cannot be read as a table: {first_line(error)}") from None
 
 
 def _columns(table: pd.DataFrame, file: Path, data: Data) -> dict[str, str]:
@@ -110,7 +112,7 @@ def _columns(table: pd.DataFrame, file: Path, data: Data) -> dict[str, str]:
     if missing:
         raise DataError(
             f"{file} has no column {', '.join(missing)}; it has {', '.join(map(repr, names))}; "
-            "name its columns by --column path=NAME --column label=NAME"
+            "name the columns with --column path=NAME --column label=NAME"
         )
     return columns
 
@@ -126,17 +128,17 @@ def _texts(table: pd.DataFrame, column: str, file: Path) -> list[str]:
 
 
 def _cells(table: pd.DataFrame, column: str, file: Path) -> list[str]:
-    """Return a column as text, missing values (of a Parquet file, say) as empty text."""
+    """Return a column as text; missing values, such as in a Parquet file, are empty text."""
     values = table[column]
     lists = [_row(i) for i, value in enumerate(values) if pd.api.types.is_list_like(value)]
     if lists:
         raise DataError(
-            f"{file}: column {column!r} holds lists, as in {lists[0]}; join them to one text, with "
-            "--label-separator"
+            f"{file}: column {column!r} holds lists, as in {lists[0]}; join each to one text, and "
+            "give --label-separator"
         )
     absent = values.isna()
     texts = ["" if none else str(value) for value, none in zip(values, absent, strict=True)]
-    if pd.api.types.is_float_dtype(values):  # whole numbers, beside which some are missing
+    if pd.api.types.is_float_dtype(values):  # whole numbers, of which some are missing
         texts = [text.removesuffix(".0") for text in texts]
     return texts
 
@@ -177,7 +179,7 @@ def _classes(names: Sequence[str], file: Path, data: Data) -> list[str]:
             )
     if len(classes) < 2:
         held = f"only the label {classes[0]!r}" if classes else "no label"
-        raise DataError(f"{file} has {held}; it takes at least two classes")
+        raise DataError(f"{file} has {held}; at least two classes are required")
     return classes
 
 
@@ -186,7 +188,7 @@ def _from_flags(
 ) -> tuple[list[str], list[tuple[int, ...]]]:
     """Return the classes whose columns are 1 in each row."""
     if data.classes is not None and list(data.classes) != columns:
-        raise DataError(f"{file}: the label columns are the classes; leave classes= out")
+        raise DataError(f"{file}: the label columns are the classes; remove classes=")
     flags = {}
     for column in columns:
         values = [str(value).strip().lower() for value in table[column]]
@@ -194,7 +196,7 @@ def _from_flags(
         strange = [f"{v!r} in {_row(i)}" for i, v in enumerate(values) if v not in meaning]
         if strange:
             raise DataError(
-                f"{file}: label column {column!r} must hold 0 and 1 only, and has {_some(strange)}"
+                f"{file}: label column {column!r} must hold only 0 and 1, and has {_some(strange)}"
             )
         flags[column] = [meaning[value] for value in values]
     rows = zip(*flags.values(), strict=True)
@@ -208,7 +210,7 @@ def _splits(table: pd.DataFrame, column: str | None, file: Path) -> list[str]:
     strange = [f"{w!r} in {_row(i)}" for i, w in enumerate(words) if w not in _SPLIT_WORDS]
     if strange:
         raise DataError(
-            f"{file}: column {column!r} must hold {', '.join(SPLITS)} only, and has "
+            f"{file}: column {column!r} must hold only {', '.join(SPLITS)}, and has "
             f"{_some(strange)}"
         )
     splits = [_SPLIT_WORDS[word] for word in words]
@@ -236,13 +238,13 @@ def _weights(table: pd.DataFrame, column: str | None, file: Path) -> list[float]
     return weights
 
 
-def _stats(file: Path, paths: Sequence[str]) -> list[Any]:
-    """Return the size and time of change of every image file."""
+def _stats(file: Path, root: Path, paths: Sequence[str]) -> list[Any]:
+    """Return the status, with size and modification time, of every image file."""
     stats, missing = [], []
     for path in paths:
         try:
-            found = (file.parent / path).stat()
-        except (OSError, ValueError):  # a path with a null byte is no path
+            found = (root / path).stat()
+        except (OSError, ValueError):  # ValueError: a null byte in a path
             missing.append(path)
             continue
         stats.append(found)
@@ -250,8 +252,8 @@ def _stats(file: Path, paths: Sequence[str]) -> list[Any]:
             missing.append(path)
     if missing:
         raise DataError(
-            f"{file} names {len(missing)} file(s) that are not there, or are folders, such as "
-            f"{str(file.parent / missing[0])!r}; paths count from the table's folder"
+            f"{file} names {len(missing)} file(s) that do not exist, or are folders, such as "
+            f"{str(file.parent / missing[0])!r}; paths are relative to the table's folder"
         )
     return stats
 
