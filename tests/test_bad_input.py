@@ -69,7 +69,7 @@ MISTAKES = {
     '"model": "own_things:no_network"': ["(num_classes) must return an nn.Module, got str"],
     '"model": "own_things:stray"': ["Stray", "two.weight belongs to none", "stages()"],
     '"model": "own_things:flat"': ["own_things:flat", "32 x 32 pixels", "shapes cannot"],
-    '"model": "own_things:pair"': ["while training", "returned tuple, not logits (2, 10)"],
+    '"model": "own_things:pair"': ["while training", "returned tuple, not logits (2, "],
     '"schedule": OneCycle(), "epochs": 1, "batch_size": 16': ["OneCycle needs 3", "has 2"],
     '"schedule": Cosine(warmup_epochs=1)': ["Cosine has no warmup_epochs; it has warmup_fraction"],
     '"freeze": ["fc.*"]': ["freezes fc.weight, but the head"],

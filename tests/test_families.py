@@ -714,6 +714,31 @@ def test_auxiliary_logits_are_torchvisions_in_the_order_of_the_stages(name: str,
     assert not torch.equal(ours.logits, ours.aux[0])
 
 
+IMAGENET = ((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+@pytest.mark.parametrize("aux", [False, True])
+def test_inceptions_get_the_range_of_numbers_that_their_weights_were_trained_on(
+    name: str, aux: bool
+) -> None:
+    torch.manual_seed(0)
+    network = build_network(name, 3, aux=aux)
+    assert network.transform_input is True
+    model = StagedModel(network, FAMILIES[name]).eval()
+    normalised = torch.tensor([1.5, -0.5, 0.25])
+    # Back to a pixel between 0 and 1, and from there to one between -1 and 1.
+    wanted = torch.tensor(
+        [2 * (x * std + mean) - 1 for x, (mean, std) in zip(normalised, IMAGENET, strict=True)]
+    )
+    x, inputs = (values.view(1, 3, 1, 1).expand(1, 3, 96, 96) for values in (normalised, wanted))
+    _, *rest = model.stages[0].module
+    with torch.no_grad():
+        (stem,) = model(x, stages=["stem"])
+        assert torch.allclose(stem, nn.Sequential(*rest)(inputs), atol=1e-5)
+        assert not torch.allclose(stem, nn.Sequential(*rest)(x), atol=1e-3)
+
+
 @pytest.mark.parametrize(("name", "tapped"), [("googlenet", 2), ("inception_v3", 2)])
 def test_training_cannot_begin_above_what_an_auxiliary_classifier_sees(
     name: str, tapped: int

@@ -1126,6 +1126,8 @@ def test_what_is_done_later_in_place_does_not_change_an_output(pictures: Tensor)
     first, second = net(pictures, stages=["first", "second"])
     assert torch.equal(first, net.network.first(pictures).relu())
     assert torch.equal(second, net.network.second(first * 3))
+    (alone,) = net(pictures, stages=["first"])
+    assert torch.equal(alone, first)
 
 
 @pytest.mark.parametrize("first_stage", [-1, 7, 99])
@@ -1668,6 +1670,32 @@ def test_a_stage_without_parameters_puts_out_what_it_computes(pictures: Tensor) 
     first, pool = net(pictures, stages=["first", "pool"])
     assert torch.equal(first, net.network.first(pictures))
     assert torch.equal(pool, net.network.pool(first))
+
+
+class WithoutParameters(nn.Module):
+    """Two of its stages have nothing to learn, but behave otherwise in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False)
+        self.drop, self.head = nn.Dropout(0.5), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.drop(self.norm(self.first(x)).mean((2, 3))))
+
+    def stages(self) -> dict[str, nn.Module]:
+        return {name: getattr(self, name) for name in ("first", "norm", "drop", "head")}
+
+
+@pytest.mark.parametrize("depth", range(4))
+def test_a_frozen_stage_without_parameters_is_in_eval_mode(depth: int, pictures: Tensor) -> None:
+    net = small(WithoutParameters)
+    net.freeze(depth)
+    net.train()
+    assert [stage.module[0].training for stage in net.stages] == [i >= depth for i in range(4)]
+    assert [net.is_frozen(stage) for stage in net.stages] == [i < depth for i in range(4)]
+    moved = step(net, pictures)
+    assert ("norm.running_mean" in moved) == (depth < 2)
 
 
 def test_every_kind_of_dropout_layer_gets_the_probability() -> None:

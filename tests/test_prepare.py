@@ -252,7 +252,7 @@ LATE_MISTAKES = {
     ),
     "network that returns no logits": (
         {"model": "mine:half_of_it"},
-        "it returned (2, 4, 1, 1), not logits (2, 10)",
+        "it returned (2, 4, 1, 1), not logits (2, 3)",
     ),
 }
 

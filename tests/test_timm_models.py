@@ -655,7 +655,7 @@ def test_no_two_files_of_timms_have_one_name_in_the_cache() -> None:
     ("model", "asked", "mode"),
     [
         ("mobilenetv4_conv_small", "DEFAULT", "center"),
-        ("vit_base_patch16_siglip_gap_384", "webli", "squash"),
+        ("coat_lite_medium_384", "in1k", "squash"),
         ("resnet50", "a1_in1k", "center"),
     ],
 )
@@ -681,7 +681,7 @@ def test_weights_whose_images_timm_does_not_crop_are_warned_of(
 
 def test_every_crop_mode_of_timms_is_one_that_is_known() -> None:
     modes = {w.crop_mode for n in timm.list_models() for w in weights_of(f"timm:{n}").values()}
-    assert modes == {"center", "squash", "border"}
+    assert {"center", "squash"} <= modes <= {"center", "squash", "border"}
 
 
 @pytest.mark.parametrize(
@@ -881,8 +881,8 @@ def test_weights_for_another_image_size_become_what_timm_makes_of_them(
     assert wanted.keys() <= set(report.loaded)
     resized = {n for n in wanted if wanted[n].shape != state[n].shape}
     assert set(report.interpolated) == resized
-    assert resized
-    assert f"{len(resized)} interpolated for another image size" in str(report)
+    assert bool(resized) == (name != "test_vit_relpos")  # whose positions are a function
+    assert ("interpolated for another image size" in str(report)) == bool(resized)
 
 
 def test_position_embeddings_are_resized_and_not_drawn_anew(tmp_path: Path) -> None:
@@ -898,7 +898,7 @@ def test_position_embeddings_are_resized_and_not_drawn_anew(tmp_path: Path) -> N
 
 @pytest.mark.filterwarnings("error")
 def test_a_warning_of_timms_interpolation_is_no_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     network = build_timm("timm:test_vit", 10, 96)
     module = sys.modules[type(network).__module__]
@@ -911,8 +911,9 @@ def test_a_warning_of_timms_interpolation_is_no_error(
     monkeypatch.setattr(module, "checkpoint_filter_fn", warning)
     state = filled(timm.create_model("test_vit"))
     file = saved(state, tmp_path / "model.safetensors")
-    with pytest.warns(UserWarning, match="searchsorted"):
+    with caplog.at_level(logging.INFO, "tuneapp"):
         report = load_weights(network, config_of("timm:test_vit"), file)
+    assert "timm's checkpoint filter: searchsorted" in caplog.messages
     assert report.interpolated == ("pos_embed",)
 
 

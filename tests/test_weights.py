@@ -606,7 +606,9 @@ def offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield file
 
 
-@pytest.mark.parametrize("asked", ["auto", "DEFAULT", "IMAGENET1K_V1"])
+@pytest.mark.parametrize(
+    "asked", ["auto", "DEFAULT", "IMAGENET1K_V1", "Tiny_Weights.IMAGENET1K_V1"]
+)
 def test_named_weights_are_fetched_once(asked: str, offered: Path, torch_home: Path) -> None:
     offered.write_bytes(CONTENT)
     found = find_weights("resnet18", asked)

@@ -16,10 +16,10 @@ class WeightAverage:
     The average is the weights themselves after the first step. Then the decay rises as
     `(1 + n) / (10 + n)` over the steps n up to the asked one, as TensorFlow's
     `ExponentialMovingAverage(num_updates=...)` documents it: a constant one would remember the
-    random head for most of a short training.
+    random head for most of a short training. Whole numbers are copied.
 
-    torch's `AveragedModel` does the same, but waits for the device in every step, where it copies
-    its counter there.
+    torch's `AveragedModel` does the same for floating-point tensors, but rounds whole numbers down,
+    and waits for the device in every step, where it copies its counter there.
     """
 
     def __init__(self, model: StagedModel, decay: float) -> None:
@@ -35,14 +35,14 @@ class WeightAverage:
         decay = 0.0 if n == 0 else min(self.decay, (1 + n) / (10 + n))
         blend: Any = get_ema_multi_avg_fn
         averaged, current = _tensors(self.model), _tensors(model)
-        for is_float in (True, False):  # counters of batches are whole numbers
-            pairs = [
-                (a, c)
-                for a, c in zip(averaged, current, strict=True)
-                if a.is_floating_point() == is_float
-            ]
-            if pairs:
-                blend(decay)([a for a, _ in pairs], [c for _, c in pairs], None)
+        pairs = list(zip(averaged, current, strict=True))
+        blended = [(a, c) for a, c in pairs if a.is_floating_point()]
+        blend(decay)([a for a, _ in blended], [c for _, c in blended], None)
+        # Whole numbers count batches, or are positions in a table (Swin's): the mean of two equal
+        # ones could be rounded to the one below.
+        for average, now in pairs:
+            if not average.is_floating_point():
+                average.copy_(now)
         self._steps += 1
 
     @property

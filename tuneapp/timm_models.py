@@ -214,12 +214,14 @@ def translated(network: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, 
     if adapt is None:
         return state
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("default")  # those of interpolation are no reason to fail
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")  # those of interpolation are no reason to fail
             adapted: Mapping[str, Tensor] = adapt(dict(state), network)
     except _OF_FOREIGN_FILES as error:  # it is written for this network's files, and is given any
         log.info("timm's checkpoint filter: %s: %s", type(error).__name__, error)
         return state
+    for each in warned:
+        log.info("timm's checkpoint filter: %s", each.message)
     return adapted
 
 

@@ -11,8 +11,10 @@ import tarfile
 import time
 import warnings
 import zipfile
+from argparse import Namespace
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from tests.states import OWN, OwnNet, State, config_of, copied, empty_state, req
 from tests.test_fetch import CONTENT, GOOD_NAME, Server, left, send, server  # noqa: F401 - fixture
 from tests.test_prepare import prepared_of
 from tests.test_weights import offer
+from tuneapp import timm_models
 from tuneapp.cli import main
 from tuneapp.fetch import cached_or_fetched
 from tuneapp.space import SearchSpace
@@ -55,6 +58,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 def own_state() -> State:
     torch.manual_seed(6)
     return dict(OwnNet(3).state_dict())
+
+
+def empty_state_of_timm(name: str) -> State:
+    return copied(timm_models.build_timm(f"timm:{name}", 1000))
 
 
 def with_weights(weights: str, model: str = OWN) -> str:
@@ -111,6 +118,21 @@ def test_fault_21_code_in_a_file_of_weights_is_refused_and_not_run(
         assert Path("MARKER").exists()
 
 
+def test_fault_21_arguments_beside_weights_are_no_code(
+    own_state: State, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # As torchvision's references/classification/train.py and timm's train.py save them.
+    for args in (Namespace(lr=0.1, data_path="/data"), Namespace(run=Touch())):
+        saved({"model": own_state, "args": args, "epoch": 3}, Path("model_3.pth"))
+        words = ["train", with_weights("./model_3.pth"), "--data", str(photos), "--epochs", "1"]
+        if hasattr(args, "lr"):
+            assert main([*words, "--name", "x"]) == 0
+        else:
+            error = refused(capsys, *words)
+            assert "model_3.pth holds a pickled object (posix.system), which could run" in error
+    assert not Path("MARKER").exists()
+
+
 # --- 22, 23: what the cache and the network hold --------------------------------------------------
 
 
@@ -165,6 +187,34 @@ def test_fault_22_a_file_that_changes_under_a_run_is_noticed_when_it_goes_on(
     assert f"weights {file} have changed since this run began" in error
     file.write_bytes(content)
     assert main(["resume", "runs/x"]) == 0
+
+
+def test_fault_22_a_bit_that_flipped_in_a_file_of_ones_own_is_noticed(
+    own_state: State, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own_state["head.1.weight"] = torch.ones(6, 8)
+    file = saved(own_state, Path("own.pth"))
+    content = bytearray(file.read_bytes())
+    content[content.index(torch.ones(6, 8).numpy().tobytes()) + 50] ^= 16
+    file.write_bytes(bytes(content))
+    torch.load(file, weights_only=True)  # without a word
+    error = refused(capsys, "sweep", with_weights("./own.pth"), "--data", photos)
+    assert f"{file.absolute()} is damaged: the checksum of own/data/" in error
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:12\n", "a Git LFS pointer: run `"),
+        ("<!DOCTYPE html><html>Please log in</html>", "a web page, not weights"),
+    ],
+)
+def test_fault_22_what_was_downloaded_in_place_of_weights_is_named(
+    content: str, told: str, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("own.pth").write_text(content)
+    error = refused(capsys, "sweep", with_weights("./own.pth"), "--data", photos)
+    assert f"{Path('own.pth').absolute()} is {told}" in error
 
 
 def closed_port() -> int:
@@ -279,6 +329,32 @@ def test_fault_25_weights_of_another_precision_become_float32(
     load_weights(network, config_of(OWN), saved(other, tmp_path / name))
     require_equal(network, {k: t.to(own_state[k].dtype) for k, t in other.items()})
     assert {p.dtype for p in network.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+def test_fault_25_numbers_of_another_kind_are_refused_by_the_name_of_their_tensor(
+    dtype: torch.dtype, own_state: State, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own_state["body.0.weight"] = own_state["body.0.weight"].to(dtype)
+    saved(own_state, Path("w.pth"))
+    error = refused(capsys, "sweep", with_weights("./w.pth"), "--data", photos)
+    assert "1 of another kind of numbers (body.0.weight)" in error
+
+
+def test_weights_that_timm_evaluates_without_a_crop_are_warned_of_once_in_a_run(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    known = timm_models.weights_of("timm:test_resnet")
+    file = saved(empty_state_of_timm("test_resnet"), tmp_path / "model.safetensors")
+    monkeypatch.setattr(
+        "tuneapp.weights.weights_of",
+        lambda model: {k: replace(w, crop_mode="squash", cached=file) for k, w in known.items()},
+    )
+    space = SearchSpace.read(Path(with_weights("DEFAULT", "timm:test_resnet")))
+    prepared, _ = prepared_of(space, photos)
+    (warning,) = [text for text in prepared.warnings if "crop_mode" in text]
+    assert warning.startswith("timm evaluates test_resnet.r160_in1k with crop_mode='squash'")
+    assert len(space.branches()) == 2
 
 
 NOT_PLAIN: dict[str, Callable[[], torch.Tensor]] = {
