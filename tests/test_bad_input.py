@@ -43,16 +43,16 @@ def stray(num_classes):
     return Stray()
 
 class Pair(nn.Module):
-    def __init__(self):
+    def __init__(self, num_classes):
         super().__init__()
-        self.fc = nn.Linear(3 * 32 * 32, 10)
+        self.fc = nn.Linear(3 * 32 * 32, num_classes)
 
     def forward(self, x):
         logits = self.fc(x.flatten(1))
         return (logits, logits) if self.training else logits
 
 def pair(num_classes):
-    return Pair()
+    return Pair(num_classes)
 
 def vector(logits, targets):
     return logits.sum(dim=1)
@@ -69,7 +69,7 @@ MISTAKES = {
     '"model": "own_things:no_network"': ["(num_classes) must return an nn.Module, got str"],
     '"model": "own_things:stray"': ["Stray", "two.weight belongs to none", "stages()"],
     '"model": "own_things:flat"': ["own_things:flat", "32 x 32 pixels", "shapes cannot"],
-    '"model": "own_things:pair"': ["while training", "returned tuple, not logits (2, "],
+    '"model": "own_things:pair"': ["while training", "returned tuple, not logits (2, 3)"],
     '"schedule": OneCycle(), "epochs": 1, "batch_size": 16': ["OneCycle needs 3", "has 2"],
     '"schedule": Cosine(warmup_epochs=1)': ["Cosine has no warmup_epochs; it has warmup_fraction"],
     '"freeze": ["fc.*"]': ["freezes fc.weight, but the head"],

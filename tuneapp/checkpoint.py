@@ -218,7 +218,7 @@ class TrainState:
         model: dict[str, Any] = self.model.state_dict()
         ema = None if self.average is None else self.average.state_dict()
         for name in [name for tensors in frozen_tensors(self.model) for name in tensors]:
-            # Averaging can round a counter, and turns -0.0 into 0.0.
+            # Averaging turns -0.0 into 0.0.
             if ema is not None and _has_same_bits(ema[AVERAGED + name], model[name]):
                 ema[AVERAGED + name] = None
             model[name] = None
