@@ -601,11 +601,11 @@ def test_a_larger_highest_is_advised_only_if_the_last_planned_lr_was_reached() -
     advice = "          the loss was still falling there: try a larger --highest"
     found = propose(lrs, [seed_curve(falls)])
     assert found.is_still_falling
-    assert lr_range_lines(found, "lr")[2:] == [advice]
+    assert lr_range_lines(found, "lr")[3:] == [advice]
     cut = propose(lrs, [seed_curve(falls[:90], "diverged")])
     assert cut.low is not None
     assert not cut.is_still_falling
-    assert lr_range_lines(cut, "lr")[2:] == ["seeds     1 diverged at lr 2.5e-01"]
+    assert lr_range_lines(cut, "lr")[3:] == ["seeds     1 diverged at lr 2.5e-01"]
     inside = propose(lrs, [seed_curve(valley(lrs, 1e-4, 1e-1))])
     assert not inside.is_still_falling
 
