@@ -221,6 +221,7 @@ def best_within(played: Played, epochs: int) -> float:
     return max(row["val/accuracy"] for row in rows[:epochs])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_search_and_stopper_find_more_with_the_same_epochs_than_chance(monkeypatch):
     trials, seeds = 20, 100

@@ -14,7 +14,7 @@ from tuneapp.space import SearchSpace
 SPACES = sorted((Path(__file__).parent.parent / "search_spaces").glob("*.py"))
 every_space = pytest.mark.parametrize("path", SPACES, ids=[p.stem for p in SPACES])
 # Minutes of training, of which the others show nothing less.
-SLOW = ("convnet", "regimes", "resnet", "vit")
+SLOW = ("convnet", "linear_probe", "own_loss", "regimes", "resnet", "vit")
 with_slow_ones_marked = pytest.mark.parametrize(
     "path",
     [pytest.param(p, marks=pytest.mark.slow if p.stem in SLOW else ()) for p in SPACES],
