@@ -299,7 +299,7 @@ def test_the_same_failure_in_the_first_three_trials_ends_the_sweep(
     broken = side_by_side["broken"]
     assert broken.code == 4
     assert "all of its first trials failed" in broken.err
-    assert "trial(s) to go (mend the cause first)" in broken.out
+    assert "trial(s) to go (fix the cause first)" in broken.out
     assert len(ends_of(read_ledger(broken.run))) < 6
 
 
