@@ -355,6 +355,7 @@ def test_train_sets_values_and_reports_what_it_applied(
     assert applied["batch_size"] == 8
 
 
+@pytest.mark.slow  # the tests of verify-resume kill a training, too
 @pytest.mark.timeout(120)
 def test_a_killed_training_goes_on_to_the_same_numbers(
     tuneapp: Start, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
