@@ -450,7 +450,7 @@ def _equal(now: Any, then: Any) -> bool:
     try:
         same = now == then
         return bool(same.all() if hasattr(same, "all") else same)
-    except Exception:  # arrays of different shapes
+    except Exception:  # a custom `__eq__` may raise anything; arrays of different shapes do
         return False
 
 

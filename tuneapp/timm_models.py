@@ -283,10 +283,14 @@ def _groups(model: str, heads: tuple[str, ...], network: Any) -> dict[int, int]:
     inside = tuple(f"{head}." for head in heads)
     named = dict(network.named_parameters())
     in_head = [name for name in named if inside and name.startswith(inside)]
+    if not hasattr(network, "group_matcher"):
+        raise ConfigError(
+            f"model {model!r}: timm says no stages of it (it has no group_matcher); {_OWN}"
+        )
     try:
         matcher = network.group_matcher(coarse=True)
         grouped = _timm(model).models.group_parameters(network, matcher)
-    except (AttributeError, AssertionError, NotImplementedError) as error:
+    except AssertionError as error:  # so do networks that have fine groups only, such as RDNet
         raise ConfigError(f"model {model!r}: timm says no stages of it ({error}); {_OWN}") from None
     below = [[n for n in grouped[key] if n not in in_head] for key in sorted(grouped)]
     below[-2:] = [[name for group in below[-2:] for name in group]]
