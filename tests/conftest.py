@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from xdist.scheduler import LoadScopeScheduling
 
 from tuneapp.config import AdamW, Constant, Data, RunSettings, TrialConfig
 from tuneapp.data.examples import ImageSet
@@ -21,6 +22,31 @@ from tuneapp.data.source import read_images
 from tuneapp.trial import TrialRun
 
 COLOURS = {"blue": (30, 40, 220), "green": (30, 200, 40), "red": (220, 40, 30)}
+
+
+class RayTogether(LoadScopeScheduling):
+    """Gives the files with tests of Ray to one worker, from the start, and spreads all others.
+
+    Two at once would starve each other, and make the sweeps that several tests look at twice.
+    (xdist's own `loadgroup` groups nothing with pytest 9.2.)
+    """
+
+    def __init__(self, config: pytest.Config, log: Any) -> None:
+        super().__init__(config, log)
+        root = Path(__file__).parent
+        self._with_ray = {
+            path.relative_to(root.parent).as_posix()
+            for path in root.rglob("test_*.py")
+            if "pytest.mark.ray" in path.read_text()
+        }
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "ray" if nodeid.partition("::")[0] in self._with_ray else nodeid
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> RayTogether:
+    """Schedule the tests of `pytest -n 2`."""
+    return RayTogether(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ from tuneapp.ledger import read_events
 from tuneapp.records import best_record, read_records
 from tuneapp.rundir import RunDir
 
-SWEEPS = 12
+SWEEPS = 8
 
 
 @pytest.mark.timeout(300)
