@@ -49,6 +49,22 @@ class WithDrop(nn.Module):
         return {"first": self.first, "drop": self.drop, "head": self.head}
 
 
+WITH_FIXED = f"{__name__}:WithFixed"
+
+
+class WithFixed(nn.Module):
+    """Its BatchNorm has parameters that are never trained, and statistics."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3)
+        self.second = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4).requires_grad_(False))
+        self.head = nn.Linear(4, classes)
+
+    def forward(self, x):
+        return self.head(self.second(self.first(x)).mean((2, 3)))
+
+
 STAGES = ["stem", "layer1", "layer2", "layer3", "layer4", "head"]
 
 
@@ -176,6 +192,17 @@ def test_every_field_can_make_another_trial(name):
     changed = dataclasses.replace(base, **{name: CHANGES[name]})
     assert not are_equal(base, changed)
     assert are_equal(base, dataclasses.replace(changed, **{name: getattr(base, name)}))
+
+
+def test_a_batchnorm_that_the_network_fixed_counts_though_nothing_is_frozen():
+    updated = config_of(model=WITH_FIXED, frozen_batchnorm="train")
+    assert not are_equal(updated, config_of(model=WITH_FIXED, frozen_batchnorm="eval"))
+
+
+def test_patterns_are_a_depth_though_the_network_fixed_parameters_above_it():
+    depth = config_of(model=WITH_FIXED, freeze_depth=1)
+    assert are_equal(depth, config_of(model=WITH_FIXED, freeze=["first.*"]))
+    assert not are_equal(depth, config_of(model=WITH_FIXED, freeze=["first.*", "second.0.bias"]))
 
 
 def test_where_patterns_freeze_the_batchnorm_counts_too():

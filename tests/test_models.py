@@ -986,6 +986,11 @@ class NoModule(Small):
         return {"first": None}
 
 
+class OneName(Small):
+    def stages(self) -> object:
+        return {1: self.first, "1": self.top}
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -1005,6 +1010,7 @@ class Tied(nn.Module):
         (Tied, "Tied: every .* one stage; one.weight belongs to one and two; give it a method"),
         (Empty, "^Empty has no parameters: nothing to train$"),
         (NoMapping, r"NoMapping: stages\(\) must return a dict .*, got list of Sequential, Conv"),
+        (OneName, r"OneName: stages\(\) has two stages of one name: 1, '1'$"),
         (NoModule, r"NoModule: stages\(\) must return a dict .*, got {'first': None}"),
     ],
 )

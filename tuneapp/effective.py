@@ -16,8 +16,8 @@ def effective(config: TrialConfig) -> dict[str, Any]:
     Learning rate, ratio and head factor become the learning rate of each stage that is ever
     trained. Freeze depths are counted from the stem; patterns become the names that they freeze, or
     a depth if they freeze exactly the first stages. Fields without effect are left out: of frozen
-    BatchNorm if nothing is frozen, of a weight decay of 0, of drawing in a plain shuffle. `seed`
-    stays: a repeat with another one is intended.
+    BatchNorm if no parameter is frozen or fixed, of a weight decay of 0, of drawing in a plain
+    shuffle. `seed` stays: a repeat with another one is intended.
 
     Args:
         config: one that fits its network.
@@ -45,7 +45,7 @@ def effective(config: TrialConfig) -> dict[str, Any]:
     plain["unfreeze_at"] = {
         str(epoch): freeze_depth_in(config, len(names), epoch) for epoch in config.unfreeze_at
     }
-    if not plain["freeze"] and plain["freeze_depth"] == 0:
+    if not plain["freeze"] and plain["freeze_depth"] == 0 and not model.fixed_names:
         del plain["frozen_batchnorm"]
     if not getattr(config.optimizer, "weight_decay", 0.0):
         del plain["decay_norms_and_biases"]
@@ -62,13 +62,15 @@ def _frozen(model: StagedModel, config: TrialConfig) -> tuple[int, list[str]]:
     """
     if not config.freeze:
         return freeze_depth_in(config, len(model.stages)), []
+    named = dict(model.network.named_parameters())
     trained = trained_parameters(model, config)
     ids = {id(p) for p in trained.values()}
+    fixed = {id(named[name]) for name in model.fixed_names}
     has_trained = [any(id(p) in ids for p in stage.parameters()) for stage in model.stages]
     depth = has_trained.index(True) if True in has_trained else len(has_trained)
-    if all(id(p) in ids for stage in model.stages[depth:] for p in stage.parameters()):
+    if all(id(p) in ids | fixed for stage in model.stages[depth:] for p in stage.parameters()):
         return depth, []
-    return 0, sorted(name for name, _ in model.network.named_parameters() if name not in trained)
+    return 0, sorted(name for name in named if name not in trained)
 
 
 def config_hash(config: TrialConfig) -> str:

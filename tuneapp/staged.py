@@ -407,6 +407,9 @@ def _declared(kind: str, stages: object) -> dict[str, list[nn.Module]]:
             str(name): list(modules) if isinstance(modules, list | tuple) else [modules]
             for name, modules in stages.items()
         }
+        if len(listed) < len(stages):
+            named = ", ".join(map(repr, stages))
+            raise ConfigError(f"{kind}: stages() has two stages of one name: {named}")
         if all(isinstance(m, nn.Module) for modules in listed.values() for m in modules):
             return listed
     raise ConfigError(
