@@ -160,7 +160,15 @@ def _computed(trial_id: str, curve: Curve, rows: Sequence[Mapping[str, Any]]) ->
 
 
 def _appending(file: Path) -> int:
-    return os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    """Open a witness, without the line in which the last life was killed."""
+    handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    os.ftruncate(handle, file.read_bytes().rfind(b"\n") + 1)
+    return handle
+
+
+def _whole_lines(file: Path) -> list[str]:
+    """Return the lines that were written to their end: a kill may tear the last one."""
+    return file.read_text().split("\n")[:-1] if file.exists() else []
 
 
 def _line(handle: int, text: str) -> None:
@@ -290,8 +298,7 @@ def _warm_up() -> None:
 
 def require_no_acknowledged_event_lost(run: RunDir) -> None:
     """At most the event that was being written is there without having been acknowledged."""
-    file = run.path / "acked.txt"
-    acked = [int(line) for line in file.read_text().splitlines()] if file.exists() else []
+    acked = [int(line) for line in _whole_lines(run.path / "acked.txt")]
     written = [event["seq"] for event in events_of(run)]
     assert written == list(range(len(written)))
     assert len(set(acked)) <= len(written)
@@ -301,14 +308,12 @@ def require_no_acknowledged_event_lost(run: RunDir) -> None:
 
 def events_of(run: RunDir) -> list[Event]:
     """Return the whole lines of a ledger, without tuneapp's own reader."""
-    lines = run.ledger.read_text().split("\n")[:-1] if run.ledger.exists() else []
-    return [json.loads(line) for line in lines]
+    return [json.loads(line) for line in _whole_lines(run.ledger)]
 
 
 def witnessed(run: RunDir) -> list[tuple[str, int, dict[str, Any]]]:
     """Return trial, epoch and row of each epoch that was computed, in that order."""
-    file = run.path / "witness.txt"
-    lines = file.read_text().splitlines() if file.exists() else []
+    lines = _whole_lines(run.path / "witness.txt")
     return [(t, int(e), json.loads(row)) for t, e, row in (line.split(" ", 2) for line in lines)]
 
 
