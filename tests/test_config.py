@@ -169,9 +169,10 @@ BAD = [
             (
                 CrossEntropy,
                 "class_weights",
-                "None, 'balanced', or a number > 0 for each class",
+                "None, 'balanced', or a list with a number > 0 for each class",
                 [
                     "Balanced",
+                    np.array([1.0, 2.0]),
                     [],
                     [1, 0],
                     [1, -1.0],
@@ -462,6 +463,14 @@ def test_an_array_is_a_mistake_like_any_other(field, told, array):
 def test_an_array_as_preprocessing_is_a_mistake_like_any_other(name):
     with pytest.raises(ConfigError, match=f"^Preprocess: {name} must be None or "):
         Preprocess(**{name: np.ones(3)})
+
+
+def test_stages_by_number_are_a_mistake():
+    with pytest.raises(ConfigError) as caught:
+        TrialConfig(**GOOD[TrialConfig] | {"lr_ratio": {0: 1.0, "head": 0.5}})
+    assert str(caught.value) == (
+        "TrialConfig: lr_ratio must be a mapping from names of stages, got [0]"
+    )
 
 
 @pytest.mark.parametrize("factor", [0, -1.0, NAN, "0.5", True, None])

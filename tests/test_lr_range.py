@@ -14,7 +14,7 @@ from tuneapp.config import AdamW, Cosine, OneCycle, RunSettings, Sgd, TrialConfi
 from tuneapp.data.batches import Batch
 from tuneapp.data.examples import ImageSet
 from tuneapp.display import lr_range_lines
-from tuneapp.errors import ConfigError, Diverged
+from tuneapp.errors import ConfigError, Diverged, TrialError
 from tuneapp.figures import _loss_limits, draw_lr_range
 from tuneapp.loop import train_one_epoch
 from tuneapp.lr_range import (
@@ -385,6 +385,7 @@ def test_everything_is_left_as_it_was(config: TrialConfig, run: TrialRun, tmp_pa
         ([2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 99.0, 99.0], 7, "blew up"),
         ([2.0, 1.0, 1.5, math.nan], 3, "diverged"),
         ([math.nan], 0, "diverged"),
+        ([2.0, 1.0, math.inf], 2, "diverged"),
         ([2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 16.0, 1.0], 8, "reached the end"),  # (16 + 4) / 5 is 4
         ([2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 16.1, 1.0], 7, "blew up"),
         # Many times the smallest, but below what it began with: a spike of a network that learns.
@@ -405,6 +406,8 @@ def test_a_seed_ends_where_it_diverges_or_blows_up(
         loss = next(losses)
         if math.isnan(loss):
             raise Diverged(1, 1, loss)
+        if math.isinf(loss):
+            raise TrialError("mixed precision: 20 steps in a row were skipped")
         return loss
 
     monkeypatch.setattr(lr_range, "_step", step)

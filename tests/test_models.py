@@ -255,6 +255,35 @@ def test_by_name_too_the_statistics_of_what_is_frozen_can_go_on(pictures: Tensor
     assert {"layer1.0.bn1.running_mean", "layer2.0.bn1.running_var"} <= step(net, pictures)
 
 
+class NormAct(nn.BatchNorm2d):
+    """BatchNorm with dropout and an activation inside, as timm has it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.drop, self.act = nn.Dropout(0.5), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
+class WithNormAct(nn.Module):
+    def __init__(self, num_classes: int = 3) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3), NormAct(4))
+        self.head = nn.Linear(4, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.stem(x).mean((2, 3)))
+
+
+def test_what_is_inside_of_a_frozen_batchnorm_stays_as_its_stage_is() -> None:
+    net = small(WithNormAct)
+    apply_freezing(net, config_of(freeze_depth=1, frozen_batchnorm="train"))
+    norm = net.train().network.stem[1]
+    assert norm.training
+    assert not norm.drop.training and not norm.act.training
+
+
 @pytest.mark.parametrize(
     ("patterns", "depth"),
     [

@@ -152,6 +152,27 @@ def deep_small(deep: TrialConfig) -> TrialConfig:
     return replace(deep, model=SMALL, freeze_depth=2)
 
 
+class Flat(nn.Module):
+    """Without a convolution of more than a pixel: both memory formats are one."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 8, 1), nn.Linear(8, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.body(x).relu().mean([2, 3]))
+        return logits
+
+
+def test_a_network_whose_formats_are_one_may_be_asked_for_either(
+    config: TrialConfig, run: TrialRun
+) -> None:
+    rows: list[Row] = []
+    asked = replace(config, model=f"{__name__}:Flat", freeze_depth=0, channels_last=True)
+    run_trial(asked, run, rows.append)
+    assert len(rows) == config.epochs
+
+
 @pytest.fixture
 def with_dropout(config: TrialConfig) -> TrialConfig:
     """The end of a MobileNetV3, whose dropout draws from the global generator."""

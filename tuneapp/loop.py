@@ -49,7 +49,12 @@ class CountingScaler(GradScaler):
         return state and {**state, "skipped_in_a_row": self.skipped_in_a_row}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state; one of torch's own scaler has no count."""
+        """Take over a state; one of torch's own scaler has no count.
+
+        It is empty if the training has so far been in another precision, on another device.
+        """
+        if not state_dict:
+            return
         super().load_state_dict(state_dict)
         self.skipped_in_a_row = state_dict.get("skipped_in_a_row", 0)
 
@@ -164,7 +169,7 @@ def train_one_epoch(
     """
     model.train()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    meter = _Meter(epoch, scaler)
+    meter = _Meter(epoch, scaler, precision.device_type)
     for images, labels in meter.timed(batches):
         optimizer.zero_grad(set_to_none=True)
         batch_loss = torch.zeros((), device=labels.device)
@@ -238,8 +243,9 @@ def _summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
 class _Meter:
     """Adds up an epoch on the device, and reads it rarely."""
 
-    def __init__(self, epoch: int, scaler: GradScaler) -> None:
+    def __init__(self, epoch: int, scaler: GradScaler, device_type: str) -> None:
         self._epoch = epoch
+        self._is_on_gpu = device_type == "cuda"
         self._scaler = scaler
         self._skipped = 0
         self._in_a_row: int = getattr(scaler, "skipped_in_a_row", 0)
@@ -257,7 +263,7 @@ class _Meter:
             asked = time.perf_counter()
             batch = next(source, None)
             # A GPU that still computes was not kept waiting: the host was ahead of it.
-            if not torch.cuda.is_available() or torch.cuda.current_stream().query():
+            if not self._is_on_gpu or torch.cuda.current_stream().query():
                 self._wait_s += time.perf_counter() - asked
             if batch is None:
                 return

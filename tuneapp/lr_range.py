@@ -22,7 +22,7 @@ import torch
 
 from tuneapp.config import Constant, TrialConfig
 from tuneapp.data.batches import Batch, Batches
-from tuneapp.errors import ConfigError, Diverged
+from tuneapp.errors import ConfigError, TrialError
 from tuneapp.loop import train_one_epoch
 from tuneapp.training import Training, TrialRun, begin_training
 
@@ -335,7 +335,7 @@ def _one_seed(
             group["lr"] = share * lr
         try:
             losses.append(_step(training, batch, config))
-        except Diverged:
+        except TrialError:  # no finite loss, or gradients that overflow float16 at any scale
             return SeedCurve(tuple(losses), "diverged")
         recent.append(fmean(losses[-width:]))
         if recent[-1] > max(BLOWN_UP * min(recent), recent[0]):

@@ -1,10 +1,11 @@
 """What an epoch of training is seen to do, from outside the loop that does it.
 
 Hooks of torch's own on the network, the loss and the optimizer take notes while `train_one_epoch`
-runs: the learning rates at each update, and of the first update what went through the network and
-which gradients came out. `proof.py` compares the notes with the configuration.
+runs: the learning rates at each update, what of the first batch went through the network, and which
+gradients the first update had. `proof.py` compares the notes with the configuration.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from tuneapp.average import WeightAverage
+from tuneapp.data.batches import Batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +26,7 @@ class Observed:
 
     Attributes:
         lrs: learning rates at each call of `optimizer.step`, one of each parameter group.
-        parts: forward passes before the first update.
+        parts: forward passes of the first batch.
         examples: examples in them.
         image_size: height and width in pixels of the first images.
         dtype: what autocast computed the first forward pass in; float32 without autocast.
@@ -46,7 +48,10 @@ class Observed:
 
 
 class Witness:
-    """Takes notes of one epoch: `with Witness(...) as witness: train_one_epoch(...)`.
+    """Takes notes of one epoch.
+
+        with Witness(model, loss_fn, optimizer) as witness:
+            train_one_epoch(model, witness.watched(batches), loss_fn, optimizer, ...)
 
     Nothing waits for the device while the epoch runs.
     """
@@ -63,6 +68,7 @@ class Witness:
         self._optimizer = optimizer
         self._average = average
         self._averaged_before = 0 if average is None else average.steps
+        self._batches = 0
         self._lrs: list[tuple[float, ...]] = []
         self._parts = 0
         self._examples = 0
@@ -90,6 +96,15 @@ class Witness:
         for hook in self._hooks:
             hook.remove()
 
+    def watched(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield the batches, to know which is the first.
+
+        An update does not tell: with float16, the first are skipped if their gradients overflow.
+        """
+        for batch in batches:
+            self._batches += 1
+            yield batch
+
     def observed(self) -> Observed:
         """Return the notes; this waits for the device."""
         return Observed(
@@ -105,7 +120,7 @@ class Witness:
         )
 
     def _see_images(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if self._lrs:
+        if self._batches > 1:
             return
         images = inputs[0]
         if self._parts == 0:
@@ -117,7 +132,7 @@ class Witness:
         self._examples += len(images)
 
     def _see_targets(self, loss_fn: nn.Module, inputs: tuple[Any, Tensor]) -> None:
-        if not self._lrs:
+        if self._batches == 1:
             self._has_probabilities = inputs[1].is_floating_point()
 
     def _see_update(self, optimizer: Optimizer, args: object, kwargs: object) -> None:

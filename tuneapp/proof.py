@@ -47,6 +47,9 @@ _OPTIMIZER_CLASSES: Mapping[type[Optimizer], str] = {
 # What a configuration says of an optimizer, and `require_applied` compares.
 _SAID = ("self", "params", "lr", "weight_decay", "momentum", "nesterov", "betas", "eps", "alpha",
          "centered")  # fmt: skip
+# How far a value that was read back may be from the one asked for, relative to it: class weights
+# are float32 and read to six digits, shares of a schedule are quotients to nine.
+_PRECISION = {"loss_options": 1e-5, "schedule_options": 1e-8}
 _NORM_LAYERS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 # Which have no weight decay where norms and biases have none.
 _EMBEDDINGS = ("class_token", "cls_token", "dist_token", "reg_token", "pos_embed", "pos_embedding",
@@ -122,7 +125,11 @@ def require_applied(
         "mixing": _wanted_mixing(config),
     }
     got = applied.as_dict()
-    wrong = [f"{k} is {got[k]!r}, not {v!r}" for k, v in wanted.items() if got[k] != v]
+    wrong = [
+        f"{k} is {got[k]!r}, not {v!r}"
+        for k, v in wanted.items()
+        if not _agree(got[k], v, _PRECISION.get(k, 0.0))
+    ]
     if applied.precision not in _allowed_precisions(config.amp, device):
         wrong.append(f"precision is {applied.precision}, with amp={config.amp!r}")
     if applied.frozen_batchnorm not in ("none", config.frozen_batchnorm):
@@ -135,7 +142,9 @@ def require_applied(
         wrong.append(
             f"stochastic_depth is {applied.stochastic_depth}, not {config.stochastic_depth}"
         )
-    if config.channels_last and not applied.channels_last:
+    # Where there is no convolution of more than a pixel, both formats are one.
+    has_formats = any(p.ndim == 4 and min(p.shape[1:3]) > 1 for p in model.parameters())
+    if config.channels_last and has_formats and not applied.channels_last:
         wrong.append("channels_last is False, not True")
     if config.augment in _VIEWS and applied.view != _VIEWS[config.augment]:
         wrong.append(f"view is {applied.view}, not {_VIEWS[config.augment]}")
@@ -150,6 +159,22 @@ def require_applied(
             if not math.isclose(applied.lr[stage], lr, rel_tol=1e-9)
         ]
     raise_if(wrong)
+
+
+def _agree(got: Any, wanted: Any, precision: float) -> bool:
+    """Whether two values are the same, with a relative difference allowed between floats."""
+    match got, wanted:
+        case dict(), dict():
+            return got.keys() == wanted.keys() and all(
+                _agree(got[key], value, precision) for key, value in wanted.items()
+            )
+        case list(), list():
+            return len(got) == len(wanted) and all(
+                _agree(one, other, precision) for one, other in zip(got, wanted, strict=True)
+            )
+        case float(), float():
+            return math.isclose(got, wanted, rel_tol=precision)
+    return bool(got == wanted)
 
 
 def wanted_lrs(config: TrialConfig, names: Sequence[str]) -> dict[str, float]:
@@ -199,7 +224,8 @@ def _wanted_warmup(config: TrialConfig, steps_per_epoch: int) -> int:
     steps = config.epochs * steps_per_epoch
     share = getattr(config.schedule, "warmup_fraction", 0.0)
     whole = round(share * steps)
-    rounded_up = whole if math.isclose(whole, share * steps) else math.ceil(share * steps)
+    is_whole = math.isclose(whole, share * steps, rel_tol=0.0, abs_tol=1e-9)
+    rounded_up = whole if is_whole else math.ceil(share * steps)
     return min(rounded_up, steps - 1)
 
 
@@ -295,7 +321,7 @@ def _wanted_main_options(  # noqa: C901 - one flat case for each schedule
         case c.OneCycle():
             return {
                 "total_steps": rest,
-                "peak_step": float(f"{max(chosen.pct_start * rest, 2) - 1:.9g}"),
+                "peak_step": float(max(chosen.pct_start * rest, 2) - 1),
                 "div_factor": chosen.div_factor,
                 "final_div_factor": chosen.final_div_factor,
             }
@@ -304,7 +330,7 @@ def _wanted_main_options(  # noqa: C901 - one flat case for each schedule
                 "total_size": 2 * chosen.up_epochs * n,
                 "mode": chosen.mode,
                 "gamma": 1.0,
-                "base_factor": float(f"{chosen.base_factor:.9g}"),
+                "base_factor": chosen.base_factor,
             }
         case c.Plateau():
             names = ("factor", "patience", "threshold", "cooldown")
@@ -339,8 +365,8 @@ def _wanted_loss_options(loss: c.Loss, class_counts: Sequence[int]) -> dict[str,
             if weights == "balanced":
                 mean = sum(class_counts) / max(len(class_counts), 1)
                 weights = [mean / count if count else 1.0 for count in class_counts]
-            rounded = None if weights is None else [float(f"{w:.6g}") for w in weights]
-            return {"label_smoothing": loss.label_smoothing, "class_weights": rounded}
+            listed = None if weights is None else [float(weight) for weight in weights]
+            return {"label_smoothing": loss.label_smoothing, "class_weights": listed}
         case c.OwnLoss():
             return {}  # they went into an object that is not ours to look into
         case _:

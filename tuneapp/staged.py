@@ -294,7 +294,8 @@ class StagedModel(nn.Module):
             if self.is_frozen(stage):
                 stage.module.eval()
         for norm in self.frozen_batchnorms():
-            norm.train(mode and self.frozen_batchnorm == "train")
+            # Of the layer alone: timm's have an activation and dropout inside.
+            norm.training = mode and self.frozen_batchnorm == "train"
         return self
 
 

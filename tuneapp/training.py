@@ -144,7 +144,7 @@ class Training:
         with Witness(state.model, self.loss_fn, state.optimizer, state.average) as witness:
             trained = train_one_epoch(
                 state.model,
-                self.train_batches.epoch(epoch),
+                witness.watched(self.train_batches.epoch(epoch)),
                 self.loss_fn,
                 state.optimizer,
                 state.schedule,

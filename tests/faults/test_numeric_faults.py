@@ -271,6 +271,25 @@ def test_fault_30_an_infinite_gradient_skips_the_step_under_float16_and_is_count
     assert state.scaler.skipped_in_a_row == 0
 
 
+@pytest.mark.parametrize("skipped", [1, STEPS, STEPS + 1], ids=["one", "all", "one more"])
+def test_fault_30_the_first_steps_may_be_skipped_with_any_optimizer(
+    skipped: int, small: TrialConfig, run: TrialRun, begun: Any
+) -> None:
+    # For one that is not fused, torch's scaler does not even call it.
+    begun(spoil_gradients(lambda step: step <= skipped))
+    rows: list[Row] = []
+    config = replace(small, amp="fp16", optimizer=Sgd(lr=1e-3), clip_norm=1.0)
+    state = run_trial(config, run, rows.append)
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert state.scaler.get_scale() == 2.0 ** (16 - skipped)
+
+
+def test_fault_31_a_training_that_goes_on_in_float16_begins_with_a_scaler_of_its_own() -> None:
+    scaler = CountingScaler("cpu", enabled=True)
+    scaler.load_state_dict(CountingScaler("cpu", enabled=False).state_dict())
+    assert (scaler.get_scale(), scaler.skipped_in_a_row) == (2.0**16, 0)
+
+
 @pytest.mark.parametrize("clip", CLIPS[:2], ids=repr)
 @pytest.mark.parametrize("step", [2, STEPS])
 def test_fault_30_an_infinite_gradient_in_full_precision_is_never_silently_nan(

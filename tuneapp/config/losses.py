@@ -38,8 +38,9 @@ class CrossEntropy(Checked):
         given = self.class_weights
         listed = given if isinstance(given, list | tuple) else ()
         weights_ok = bool(listed) and all(is_number(w) and w > 0 for w in listed)
-        ok = given is None or given == "balanced" or weights_ok
-        allowed = "None, 'balanced', or a number > 0 for each class"
+        # An array compares number by number.
+        ok = given is None or (isinstance(given, str) and given == "balanced") or weights_ok
+        allowed = "None, 'balanced', or a list with a number > 0 for each class"
         return [
             *in_interval("label_smoothing", self.label_smoothing, "[0, 1)"),
             *require(ok, "class_weights", given, allowed),

@@ -412,7 +412,11 @@ def _none_or_positive(name: str, value: float | None) -> list[str]:
 
 def _lr_ratio_mistakes(lr_ratio: object) -> list[str]:
     if isinstance(lr_ratio, Mapping):
+        unnamed = [name for name in lr_ratio if not isinstance(name, str)]
         wrong = {k: v for k, v in lr_ratio.items() if not is_number(v) or v <= 0}
-        return require(not wrong, "lr_ratio", wrong, "a number > 0 for each stage")
+        return [
+            *require(not unnamed, "lr_ratio", unnamed, "a mapping from names of stages"),
+            *require(not wrong, "lr_ratio", wrong, "a number > 0 for each stage"),
+        ]
     ok = is_in_interval(lr_ratio, "(0, 1]")
     return require(ok, "lr_ratio", lr_ratio, "a number in (0, 1], or a mapping stage -> factor")
