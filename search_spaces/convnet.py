@@ -18,9 +18,17 @@ from tuneapp.config import AdamW, Cosine, CrossEntropy, TrialConfig
 # How many stages each has below its head.
 DEEPEST = {"efficientnet_b0": 9, "convnext_tiny": 5, "regnet_y_400mf": 5, "mobilenet_v3_large": 8}
 
+# A ConvNeXt is fine-tuned like a transformer, at a smaller learning rate.
+USUAL_LR = {
+    "efficientnet_b0": 5e-4,
+    "convnext_tiny": 1e-4,
+    "regnet_y_400mf": 5e-4,
+    "mobilenet_v3_large": 5e-4,
+}
+
 FIRST_TRIALS = [
-    {"model": model, f"{model}.freeze_depth": 0, "lr_ratio": 0.8, "lr": 1e-3, "weight_decay": 5e-2,
-     "label_smoothing": 0.1, "mixup_alpha": 0.0}
+    {"model": model, f"{model}.freeze_depth": 0, "lr_ratio": 0.8, "lr": USUAL_LR[model],
+     "weight_decay": 5e-2, "label_smoothing": 0.1, "mixup_alpha": 0.0}
     for model in DEEPEST
 ]  # fmt: skip
 
@@ -33,7 +41,7 @@ def search_space(trial: Trial) -> TrialConfig:
         freeze_depth=trial.suggest_int(f"{model}.freeze_depth", 0, DEEPEST[model]),
         lr_ratio=trial.suggest_float("lr_ratio", 0.3, 1.0, log=True),
         optimizer=AdamW(
-            lr=trial.suggest_float("lr", 1e-4, 1e-2, log=True),
+            lr=trial.suggest_float("lr", 1e-5, 1e-2, log=True),
             weight_decay=trial.suggest_float("weight_decay", 1e-3, 1e-1, log=True),
         ),
         decay_norms_and_biases=False,

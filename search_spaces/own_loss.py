@@ -36,7 +36,7 @@ FIRST_TRIALS = [
 
 
 def poly_cross_entropy(logits: Tensor, targets: Tensor, epsilon: float) -> Tensor:
-    """Return Poly-1: cross-entropy and `epsilon` times what the true class lacks to certainty.
+    """Return Poly-1: cross-entropy and `epsilon` times (1 - probability of the true class).
 
     Source: Z. Leng et al., PolyLoss, ICLR 2022.
     """
@@ -46,7 +46,7 @@ def poly_cross_entropy(logits: Tensor, targets: Tensor, epsilon: float) -> Tenso
 
 
 def inverse_sqrt(epoch: int, config: TrialConfig) -> float:
-    """Return 1, 0.71, 0.58, 0.5, ...: the learning rate falls, and never to nothing."""
+    """Return 1, 0.71, 0.58, 0.5, ...: the learning rate falls, and never to zero."""
     return float((1 + epoch) ** -0.5)
 
 

@@ -3,9 +3,9 @@
     python -m tuneapp sweep search_spaces/resnet.py
     python -m tuneapp sweep search_spaces/resnet.py --data photos/ --trials 64
 
-The first trials are the usual recipes: the head alone, everything with AdamW
-and layer-wise decay, everything with SGD, half of the network, a one-cycle. The search has to
-beat them.
+The first trials are the usual recipes: everything with AdamW and learning rates that fall from
+stage to stage, the head alone, everything with SGD, half of the network, a one-cycle. The search
+has to beat them.
 
 Measured on the digits with random weights, 16 trials: everything with AdamW 0.991, with SGD 0.987,
 the head alone 0.904; the search did not beat them. 4 min 38 s on two CPU cores.
@@ -26,12 +26,12 @@ from tuneapp.config import (
 )
 
 FIRST_TRIALS = [
-    # The head only.
-    {"freeze_depth": 5, "lr_ratio": 1.0, "optimizer": "adamw", "adamw.lr": 1e-2,
-     "adamw.weight_decay": 1e-2, "schedule": "constant"},
     # Everything, later stages faster, with warm-up and cosine.
     {"freeze_depth": 0, "lr_ratio": 0.65, "optimizer": "adamw", "adamw.lr": 1e-3,
      "adamw.weight_decay": 1e-2, "schedule": "cosine", "cosine.warmup_fraction": 0.1},
+    # The head only.
+    {"freeze_depth": 5, "lr_ratio": 1.0, "optimizer": "adamw", "adamw.lr": 1e-2,
+     "adamw.weight_decay": 1e-2, "schedule": "constant"},
     # Everything alike, with SGD.
     {"freeze_depth": 0, "lr_ratio": 1.0, "optimizer": "sgd", "sgd.lr": 1e-2,
      "sgd.weight_decay": 1e-4, "schedule": "cosine", "cosine.warmup_fraction": 0.0},
@@ -60,7 +60,7 @@ def search_space(trial: Trial) -> TrialConfig:
 def optimizer(trial: Trial) -> Optimizer:
     if trial.suggest_categorical("optimizer", ["adamw", "sgd"]) == "adamw":
         return AdamW(
-            lr=trial.suggest_float("adamw.lr", 1e-4, 1e-1, log=True),
+            lr=trial.suggest_float("adamw.lr", 1e-5, 3e-2, log=True),
             weight_decay=trial.suggest_float("adamw.weight_decay", 1e-4, 1e-1, log=True),
         )
     return Sgd(

@@ -1,4 +1,4 @@
-"""Fine-tune a timm network: `timm:` and any name from `timm.list_models()`.
+"""Which timm network suits your images? `timm:` and almost any name from `timm.list_models()`.
 
     python -m pip install -e '.[timm]'
     python -m tuneapp sweep search_spaces/timm_networks.py
@@ -17,8 +17,8 @@ from tuneapp.config import AdamW, Cosine, CrossEntropy, TrialConfig
 MODELS = ["convnext_atto", "resnet10t"]
 
 FIRST_TRIALS = [
-    {"model": model, "freeze_depth": 0, "lr_ratio": 0.8, "lr": 1e-3, "stochastic_depth": 0.0}
-    for model in MODELS
+    {"model": model, "freeze_depth": 0, "lr_ratio": 0.8, "lr": lr, "stochastic_depth": 0.0}
+    for model, lr in (("convnext_atto", 2e-4), ("resnet10t", 5e-4))
 ]
 
 
@@ -29,7 +29,7 @@ def search_space(trial: Trial) -> TrialConfig:
         weights="auto",
         freeze_depth=trial.suggest_int("freeze_depth", 0, 5),  # both have five below the head
         lr_ratio=trial.suggest_float("lr_ratio", 0.3, 1.0, log=True),
-        optimizer=AdamW(lr=trial.suggest_float("lr", 1e-4, 1e-2, log=True), weight_decay=5e-2),
+        optimizer=AdamW(lr=trial.suggest_float("lr", 1e-5, 1e-2, log=True), weight_decay=5e-2),
         decay_norms_and_biases=False,
         schedule=Cosine(warmup_fraction=0.1),
         loss=CrossEntropy(label_smoothing=0.1),

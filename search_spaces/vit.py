@@ -24,7 +24,7 @@ FIRST_TRIALS = [
     {"model": model, f"{model}.freeze_depth": depth, f"{model}.lr_ratio": USUAL_RATIO[model],
      "lr": lr, "weight_decay": 5e-2, "label_smoothing": 0.1}
     for model in DEEPEST
-    for depth, lr in ((0, 5e-4), (DEEPEST[model], 5e-3))
+    for depth, lr in ((0, 1e-4), (DEEPEST[model], 5e-3))
 ]  # fmt: skip
 
 
