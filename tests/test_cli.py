@@ -71,7 +71,7 @@ def test_show_names_ranges_conditions_and_recipes(capsys: pytest.CaptureFixture[
     text = capsys.readouterr().out
     assert re.search(r"sgd\.lr +0\.001 to 0\.1, log +optimizer = sgd", text)
     assert re.search(r"freeze_depth +0 to 5, whole", text)
-    assert "  1  freeze_depth=5" in text
+    assert "  1  freeze_depth=0" in text
 
 
 def test_show_model_names_its_stages_what_is_left_to_train_and_what_they_cost(

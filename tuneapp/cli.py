@@ -146,7 +146,7 @@ ImageSize = Annotated[
     typer.Option(
         metavar="PIXELS",
         help="Height and width of the network's input. Default: the size its weights were "
-        "trained with (224 for ResNets); 32 for the embedded data.",
+        "evaluated with (224 for ResNets); 32 for the embedded data.",
     ),
 ]
 Seed = Annotated[
@@ -412,8 +412,8 @@ def show(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="A torchvision classifier, or the import path of a custom network, such as "
-            "package.module:build.",
+            help="A torchvision classifier, timm:NAME, or the import path of a custom network, "
+            "such as package.module:build.",
         ),
     ] = None,
     image_size: Annotated[
@@ -422,7 +422,7 @@ def show(
             metavar="PIXELS",
             min=16,
             help="With --model: height and width of an image. Default: the size its weights were "
-            "trained with; 224 for a custom network.",
+            "evaluated with; 224 for a custom network.",
         ),
     ] = None,
 ) -> int:

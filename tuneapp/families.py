@@ -1,7 +1,7 @@
 """Every torchvision classifier as stages: for each family, its own modules in forward order.
 
-A stage is a part that the family's paper, or torchvision itself, names and that halves the
-resolution; in transformers without such a pyramid, one encoder block. Functions that a forward pass
+A stage is a part that the family's paper, or torchvision itself, names, usually of one resolution;
+in transformers without such a pyramid, one encoder block. Functions that a forward pass
 calls (flatten, mean, ReLU) are represented by modules without parameters.
 """
 

@@ -204,8 +204,8 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], precision: Precision) -
     """Ask `model` about every example of `batches` exactly once.
 
     The loss is an average over examples, not batches, so a short last batch does not count double;
-    it is plain cross-entropy, whatever the training minimises. Answers stay on the device until the
-    end. The model's mode is restored on return.
+    it is plain cross-entropy (binary for several labels), whatever the training minimises. Answers
+    stay on the device until the end. The model's mode is restored on return.
 
     Args:
         batches: as for `train_one_epoch`.

@@ -2,7 +2,7 @@
 
 Hooks of torch's own on the network, the loss and the optimizer take notes while `train_one_epoch`
 runs: the learning rates at each update, what of the first batch went through the network, and which
-gradients the first update had. `proof.py` compares the notes with the configuration.
+gradients the first update had. `epoch_proof.py` compares the notes with the configuration.
 """
 
 from collections.abc import Iterable, Iterator

@@ -353,7 +353,10 @@ def _weights(full_name: str, config: Any) -> TimmWeights:
 
 
 def _preprocessing(config: Any) -> Preprocessing:
-    """Return timm's evaluation transform: its `crop_pct` is crop over resize."""
+    """Return timm's usual evaluation transform, at the size of its training.
+
+    (Some weights score better at timm's `test_input_size`.) `crop_pct` is crop over resize.
+    """
     size = config.input_size[-1]
     known = config.interpolation in ("nearest", "bilinear", "bicubic")
     return Preprocessing(

@@ -86,8 +86,9 @@ class TrialConfig(Checked):
     """Everything that decides what a trial trains.
 
     Attributes:
-        model: name of a torchvision classifier, such as `resnet18`, or the import path of a
-            function `build(num_classes) -> nn.Module`, such as `package.module:build`.
+        model: name of a torchvision classifier, such as `resnet18`; `timm:` and the name of a timm
+            network, such as `timm:resnet50d`; or the import path of a function
+            `build(num_classes) -> nn.Module`, such as `package.module:build`.
         optimizer: the optimizer and the base learning rate `lr`.
         schedule: how the learning rates change over the training.
         loss: what is minimised.
