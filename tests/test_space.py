@@ -711,7 +711,7 @@ def test_every_combination_of_choices_of_the_resnet_space_is_visited_at_both_end
                 assert low.params[name] == distribution.low < distribution.high
                 assert high.params[name] == distribution.high
     low, high = visited["adamw", "step"]
-    assert low.config.optimizer == AdamW(lr=1e-4, weight_decay=1e-4)
+    assert low.config.optimizer == AdamW(lr=1e-5, weight_decay=1e-4)
     assert (high.config.freeze_depth, high.config.schedule.every_epochs) == (5, 4)
 
 
