@@ -7,8 +7,8 @@ The first trials are the usual linear probe of each network: SGD with momentum a
 rate, no weight decay, a cosine. They cost little, hint at which network to fine-tune, and are the
 baseline.
 
-Measured on the digits with random weights, 8 trials: the recipe 0.913, the best 0.934 (ConvNeXt).
-Random EfficientNets and MobileNets stay at chance, 0.100: their frozen BatchNorm has seen no data.
+Measured on the digits with random weights, 8 trials: ConvNeXt 0.956 and ResNet-18 0.913 by their
+recipes, which the search did not beat; random EfficientNets and MobileNets stay at chance, 0.100.
 """
 
 from optuna import Trial
