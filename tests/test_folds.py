@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tuneapp.checkpoint import Row
+from tuneapp.cli import main
 from tuneapp.config import Data, RunSettings, TrialConfig
 from tuneapp.data.source import read_images
 from tuneapp.errors import CheckpointError
@@ -144,3 +145,24 @@ def test_a_checkpoint_of_before_there_was_sampling_is_gone_on_with(
     with pytest.raises(CheckpointError, match="another configuration"):
         balanced = replace(config, sampling="balanced")
         run_trial(balanced, run, rows.append, resume_from=tmp_path / "checkpoints")
+
+
+def test_sampling_is_checked_on_the_images_of_a_fold(
+    photos: Path,
+    small_space: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = sorted(photos.glob("*/*"))
+    rows = [f"{file},{file.parent.name},{1 + number % 3}" for number, file in enumerate(files)]
+    Path("photos.csv").write_text("\n".join(["path,label,weight", *rows]))
+    sampling = "sampling='weighted', replacement=False, num_samples=20,"
+    text = small_space.read_text().replace("epochs=4,", f"epochs=4, {sampling}")
+    Path("weighted.py").write_text(text)
+    # Enough of all 26, but not of the two thirds of them that a fold trains on.
+    assert main(["train", "weighted.py", "--data", "photos.csv", "--folds", "3"]) == 2
+    said = capsys.readouterr().err
+    assert "num_samples=20 without replacement: there are 17 training images to draw" in said
+    assert not Path("runs").exists()

@@ -457,7 +457,7 @@ def test_the_figure_is_a_png_with_curves_ends_and_the_range(tmp_path: Path) -> N
     curves = [seed_curve(losses), seed_curve(losses[:50], "diverged")]
     found = propose(lrs, curves)
     first, second = tmp_path / "a.png", tmp_path / "b.png"
-    draw_lr_range(found, "a title", "its params", first)
+    draw_lr_range(found, "a title", "its weights=/data/$a_$b", first)
     whole = replace(found, low=None, high=None, steepest=None, curves=(curves[0],), averaged=1)
     draw_lr_range(whole, "", "", second)
     assert pixels(first, BLUE) > 1000

@@ -1015,6 +1015,11 @@ class NoModule(Small):
         return {"first": None}
 
 
+class EmptyHead(Small):
+    def stages(self) -> Mapping[str, object]:
+        return {"body": [self.first, self.second], "top": self.top, "out": nn.LogSoftmax(1)}
+
+
 class OneName(Small):
     def stages(self) -> object:
         return {1: self.first, "1": self.top}
@@ -1039,6 +1044,7 @@ class Tied(nn.Module):
         (Tied, "Tied: every .* one stage; one.weight belongs to one and two; give it a method"),
         (Empty, "^Empty has no parameters: nothing to train$"),
         (NoMapping, r"NoMapping: stages\(\) must return a dict .*, got list of Sequential, Conv"),
+        (EmptyHead, "EmptyHead: the last stage, 'out', is the head, but has no parameters; put"),
         (OneName, r"OneName: stages\(\) has two stages of one name: 1, '1'$"),
         (NoModule, r"NoModule: stages\(\) must return a dict .*, got {'first': None}"),
     ],

@@ -199,3 +199,100 @@ def test_a_module_of_the_same_name_elsewhere_is_not_taken_for_the_runs_own(tmp_p
     with pytest.raises(RunError, match=r"'namesake:build' is imported from .*namesake\.py now, "):
         own.require_same_code(begun_with, ["namesake:build"])
     own.require_same_code(own.fingerprints(["namesake:build"], []), ["namesake:build"])
+
+
+# --- The text that counts -------------------------------------------------------------------------
+
+
+def test_texts_that_are_read_meanwhile_are_not_what_a_name_stands_for_afterwards() -> None:
+    new, old, other = (space(build=built) for built in (print, repr, len))
+    own.offer("x", new, "new", Path("x.py"))
+    with pytest.raises(RuntimeError), own.offers_kept():
+        own.offer("x", old, "old", Path("x.py"))
+        own.offer("y", other, "other", Path("y.py"))
+        sys.modules[old.__name__] = old
+        assert own.find_own("x:build", "model") is repr
+        raise RuntimeError
+    assert own.find_own("x:build", "model") is print
+    assert own.offered_text("x:build") == ("new", Path("x.py"))
+    assert sys.modules[new.__name__] is new
+    assert own.find_own("y:build", "model") is len
+
+
+TEXT = """
+from math import pi, tau
+from helpers import *
+
+SCALE, OTHER = 1.0, 2.0
+UNUSED = 3.0
+TABLE = {}
+TABLE["a"] = 4.0
+TABLE.update(b=5.0)
+if pi > 3:
+    LIMIT = 6.0
+
+
+def loss(logits, labels):
+    '''About it.'''
+    return Inner(logits).both() * TABLE["a"]
+
+
+class Inner:
+    def both(self):
+        return SCALE * min(LIMIT, pi)
+
+
+def search_space(trial):
+    return trial.suggest_float("lr", 0.1, 0.7) * UNUSED * loss(tau, 8.0)
+"""
+
+
+def code_in(text: str, reference: str = "x:loss") -> str:
+    own.offer("x", space(), text, Path("x.py"))
+    code = own.offered_code(reference)
+    assert code is not None
+    return code
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes"),
+    [
+        ("logits).both", "logits - 1).both"),
+        ("SCALE * min", "SCALE + min"),
+        ("OTHER = 1.0", "OTHER = 1.5"),
+        ('"] = 4.0', '"] = 4.5'),
+        ("b=5.0", "b=5.5"),
+        ("LIMIT = 6.0", "LIMIT = 6.5"),
+        ("pi > 3", "pi > 2"),
+        ("from math import pi", "from numpy import pi"),
+        ("from helpers", "from others"),
+    ],
+)
+def test_code_is_what_a_definition_and_all_that_it_uses_say(was: str, becomes: str) -> None:
+    assert was in TEXT
+    assert code_in(TEXT) != code_in(TEXT.replace(was, becomes))
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes"),
+    [
+        ("0.1, 0.7", "0.2, 0.8"),
+        ("UNUSED = 3.0", "UNUSED = 3.5"),
+        ("pi, tau", "tau, e, pi"),
+        ("def loss", "# In short:\ndef loss"),
+        ("min(LIMIT, pi)", "min( LIMIT,pi )"),
+    ],
+)
+def test_code_is_not_what_the_rest_of_the_text_says(was: str, becomes: str) -> None:
+    assert was in TEXT
+    assert code_in(TEXT) == code_in(TEXT.replace(was, becomes))
+
+
+def test_the_whole_text_is_the_code_of_a_name_that_nothing_in_it_defines() -> None:
+    assert code_in(TEXT, "x:elsewhere") == TEXT
+
+
+def test_only_what_a_space_defines_has_code(tmp_path: Path) -> None:
+    write(tmp_path, "marked", "def build(n):\n    return n\n")
+    own.import_from([str(tmp_path)])
+    assert own.offered_code("marked:build") is None

@@ -218,6 +218,13 @@ def test_the_last_epoch_is_never_a_stop(started):
         assert study.records[trial_id].state == "finished"
 
 
+def test_a_trial_longer_than_any_that_was_foreseen_is_not_stopped_for_that(started, tmp_path):
+    # Branches are tried at the ends of ranges; between them a trial may have more epochs.
+    study, _ = started([LONG])
+    stopper = Stopper(Driver(study, str(tmp_path)), 4, "max")
+    assert [report(stopper, "t0001", epoch, 0.5) for epoch in range(1, 9)] == [GO] * 8
+
+
 @pytest.mark.parametrize("max_epochs", [9, 1])  # the first rung lies at 3, and at 1
 def test_a_training_that_ends_at_a_rung_is_finished_there(started, max_epochs):
     short = ({"epochs": 3}, "search")

@@ -531,6 +531,45 @@ def test_the_ends_of_a_range_are_in_it(space):
         assert (config.freeze_depth, config.optimizer.lr) == (depth, lr)
 
 
+def test_the_number_of_a_trial_decides_nothing():
+    # Trials are replayed from their values in other processes, which do not know it.
+    with pytest.raises(SpaceError, match=r"^space\.py:4: trial\.number must not decide anything"):
+        body("trial.suggest_int('n', trial.number, 9)").branches()
+
+
+IN_BETWEEN = (
+    "depth = trial.suggest_int('depth', 0, 5)",
+    "if 0 < depth < 5:",
+    "    trial.suggest_float('ratio', 0.1, 1.0)",
+)
+
+
+def test_what_is_asked_for_between_the_ends_of_a_range_is_known():
+    space = body(*IN_BETWEEN)
+    recipe = {"depth": 2, "ratio": 0.5}
+    as_space(f"FIRST_TRIALS = [{recipe}]\n{space.text}").check_recipes(space.branches())
+    assert space.choose({"ratio": "0.5"}, {"depth": 2, "ratio": 0.3}) == recipe
+    assert space.choose({"depth": "2", "ratio": "0.5"}) == recipe
+    with pytest.raises(SpaceError, match=r"--set ratio: .*has no such parameter"):
+        space.choose({"depth": "5", "ratio": "0.5"})
+
+
+def test_a_choice_that_is_a_member_of_an_enum_comes_back_as_itself():
+    space = as_space(
+        "from enum import StrEnum\n"
+        "from tuneapp.config import AdamW, Sgd, TrialConfig\n"
+        "class Kind(StrEnum):\n"
+        "    SGD = 'sgd'\n"
+        "    ADAMW = 'adamw'\n"
+        "def search_space(trial):\n"
+        "    kind = trial.suggest_categorical('kind', list(Kind))\n"
+        "    optimizer = Sgd(lr=0.1) if kind is Kind.SGD else AdamW(lr=0.1)\n"
+        "    return TrialConfig(model='resnet18', optimizer=optimizer)\n"
+    )
+    assert space.config({"kind": "sgd"}).optimizer == Sgd(lr=0.1)
+    assert space.config({"kind": "adamw"}).optimizer == AdamW(lr=0.1)
+
+
 def test_a_step_of_a_range_is_kept():
     space = body("trial.suggest_int('n', 1, 7, step=3)", "trial.suggest_float('x', 0, 1, step=0.5)")
     assert space.replay({"n": 4, "x": 0.5}).params == {"n": 4, "x": 0.5}
@@ -606,6 +645,19 @@ def test_a_wrong_set_is_refused(space, chosen, said):
 def test_what_is_not_set_is_as_in_the_first_recipe_that_agrees(chosen, wanted):
     text = SPACE.replace('{"optimizer": "sgd", "sgd.lr": 0.01}', f"{ADAMW!r}, {SGD!r}")
     assert as_space(text).choose(chosen) == wanted
+
+
+def test_a_choice_of_numbers_picks_the_recipe_too_and_is_written_in_any_way():
+    space = as_space(
+        "from tuneapp.config import Sgd, TrialConfig\n"
+        "FIRST_TRIALS = [{'decay': 0.0, 'lr': 0.1}, {'decay': 0.001, 'lr': 0.2}]\n"
+        "def search_space(trial):\n"
+        "    decay = trial.suggest_categorical('decay', [0.0, 0.001])\n"
+        "    lr = trial.suggest_float('lr', 0.1, 1.0)\n"
+        "    return TrialConfig(model='resnet18', optimizer=Sgd(lr=lr, weight_decay=decay))\n"
+    )
+    for text in ("0.001", "1e-3", "1E-03"):
+        assert space.choose({"decay": text}) == {"decay": 0.001, "lr": 0.2}
 
 
 def test_a_recipe_with_the_choice_that_is_set_comes_before_one_that_could_take_it():

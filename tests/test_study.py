@@ -1194,6 +1194,26 @@ def test_recipes_that_an_earlier_space_has_tried_are_not_run_again(refined, open
     assert again.records[following.trial_id].origin == "search"
 
 
+@pytest.mark.parametrize("openings", [1, 2])
+def test_a_recipe_that_history_had_only_begun_is_trained(opened, openings):
+    study = opened(TINY, given(A, B, B, C))
+    study.want(3)
+    assert [study.propose().trial_id for _ in range(3)] == ["t0001", "t0002", "t0004"]
+    assert study.records["t0003"].twin == "t0002"
+    conclude(study, "t0001", [0.5, 0.6, 0.7], "finished")
+    conclude(study, "t0004", [0.4, 0.5, 0.6], "finished")
+    study.record_epoch("t0002", row(1, 0.9))
+    study._ledger.append("refined", space=2, history=["t0001", "t0002", "t0003"])
+    for _ in range(openings):  # the first one ends what had begun
+        study = opened(TINY, given(A, B, C), space_number=2)
+    assert study.records["t0002"].state == "stopped"
+    study.want(4)
+    proposal = study.propose()
+    assert (proposal.trial_id, proposal.params, proposal.space) == ("t0005", B, 2)
+    assert study.records["t0005"].twin == ""
+    assert study.propose() is None
+
+
 def test_a_refined_space_does_not_run_again_what_an_earlier_one_has_found_out(refined):
     study = refined(want=60)
     ran = [json.dumps(p.params, sort_keys=True) for p in work_off(study)]

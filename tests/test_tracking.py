@@ -9,7 +9,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from tuneapp.checkpoint import Row
 from tuneapp.config import Metric, RunSettings
-from tuneapp.tracking import NoTracker, TensorBoardTracker
+from tuneapp.tracking import NoTracker, TensorBoardTracker, _as_hparam
 
 PARAMS: dict[str, Any] = {
     "optimizer": "sgd",
@@ -111,6 +111,12 @@ def test_the_parameters_and_the_metric_are_there_for_hparams(tmp_path: Path) -> 
     assert [info.name.tag for info in experiment.metric_infos] == ["best/val/accuracy"]
     values = {name: getattr(v, v.WhichOneof("kind")) for name, v in start.hparams.items()}
     assert values == {**PARAMS, "weights": "None"}
+
+
+def test_a_parameter_that_a_file_cannot_hold_is_text() -> None:
+    assert _as_hparam(2**64) == "18446744073709551616"
+    assert _as_hparam("caf\udce9") == "caf\\udce9"
+    assert [_as_hparam(v) for v in (True, 3, 0.5, "a", None)] == [True, 3, 0.5, "a", "None"]
 
 
 def test_a_value_that_is_no_number_does_not_stop_the_log(tmp_path: Path) -> None:

@@ -501,6 +501,12 @@ def test_a_local_file_is_found_where_it_was_named(model: str, name: str, tmp_pat
     assert found.sha256 == hashlib.sha256(CONTENT).hexdigest()
 
 
+@pytest.mark.parametrize("asked", ["~nobody-of-this-name/x.pth", "x" * 300 + ".pth"])
+def test_a_path_that_cannot_be_is_one_line(asked: str) -> None:
+    with pytest.raises(WeightsError, match=r"^weights '[^\n]{,200}$"):
+        find_weights("resnet18", asked)
+
+
 @pytest.mark.parametrize("asked", ["nowhere.pt", "some/where"])
 @pytest.mark.parametrize("model", ["resnet18", OWN])
 def test_a_file_that_is_not_there_is_named(model: str, asked: str) -> None:

@@ -171,7 +171,7 @@ def final_test_lines(result: "TestResult", trial: TrialRecord, settings: RunSett
         elif name == "test/accuracy":
             error = math.sqrt(mean * (1 - mean) / result.num_images)
             doubt = f"  standard error {error:.4f} on {result.num_images} images"
-        val = best.get(name.replace("test/", "val/"))
+        val = best.get(f"val/{name.removeprefix('test/')}")
         before = "" if val is None else f"  (validation {val:.4f})"
         lines.append(f"{name:<26} {mean:.4f}{before}{doubt}")
     if result.bad:

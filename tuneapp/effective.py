@@ -3,10 +3,11 @@
 import hashlib
 from typing import Any
 
-from tuneapp.config import TrialConfig, canonical_json
+from tuneapp.config import OwnSchedule, TrialConfig, canonical_json, is_reference
 from tuneapp.errors import ConfigError
 from tuneapp.fit import skeleton
 from tuneapp.models import freeze_depth_in, stage_lrs, trained_parameters
+from tuneapp.own import offered_code
 from tuneapp.staged import StagedModel
 
 
@@ -14,10 +15,11 @@ def effective(config: TrialConfig) -> dict[str, Any]:
     """Return the part of a configuration that decides the training, written in one way.
 
     Learning rate, ratio and head factor become the learning rate of each stage that is ever
-    trained. Freeze depths are counted from the stem; patterns become the names that they freeze, or
-    a depth if they freeze exactly the first stages. Fields without effect are left out: of frozen
-    BatchNorm if no parameter is frozen or fixed, of a weight decay of 0, of drawing in a plain
-    shuffle. `seed` stays: a repeat with another one is intended.
+    trained (and stay beside it for a schedule of one's own, which may read them). Freeze depths are
+    counted from the stem; patterns become the names that they freeze, or a depth if they freeze
+    exactly the first stages. Fields without effect are left out: of frozen BatchNorm if no
+    parameter is frozen or fixed, of a weight decay of 0, of drawing in a plain shuffle. `seed`
+    stays: a repeat with another one is intended.
 
     Args:
         config: one that fits its network.
@@ -33,9 +35,10 @@ def effective(config: TrialConfig) -> dict[str, Any]:
     ever = {id(p) for p in trained_parameters(model, config, config.epochs).values()}
     trained = {s.name for s in model.stages if any(id(p) in ever for p in s.parameters())}
     rates = stage_lrs(config, names)
-    for name in ("lr_ratio", "head_lr_factor"):
-        del plain[name]
-    del plain["optimizer"]["lr"]
+    if not isinstance(config.schedule, OwnSchedule):  # whose factor is given the configuration
+        for name in ("lr_ratio", "head_lr_factor"):
+            del plain[name]
+        del plain["optimizer"]["lr"]
     missing = [name for name in names if name in trained and name not in rates]
     if missing:
         raise ConfigError(f"lr_ratio: no factor for stage {missing[0]!r}, which is trained")
@@ -74,9 +77,26 @@ def _frozen(model: StagedModel, config: TrialConfig) -> tuple[int, list[str]]:
 
 
 def config_hash(config: TrialConfig) -> str:
-    """Return 16 hexadecimal digits that are the same for the same effective configuration."""
-    text = canonical_json(_alike(effective(config)))
+    """Return 16 hexadecimal digits that are the same for the same effective configuration.
+
+    Code of a space's own file counts with its text: it may change when a run is refined.
+    """
+    plain = effective(config)
+    code = _own_code(plain)
+    if code:  # without any, the hash is the one that older versions wrote
+        plain["code"] = code
+    text = canonical_json(_alike(plain))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _own_code(plain: Any) -> dict[str, str]:
+    """Return the code that a space's own file has for each import path in a configuration."""
+    if isinstance(plain, dict):
+        plain = list(plain.values())
+    if isinstance(plain, list):
+        return {reference: code for value in plain for reference, code in _own_code(value).items()}
+    code = offered_code(plain) if is_reference(plain) else None
+    return {} if code is None else {plain: code}
 
 
 def _alike(plain: Any) -> Any:

@@ -44,8 +44,11 @@ def draw_lr_range(found: LrRange, title: str, params: str, file: Path) -> None:
     axes.set_ylim(bottom, top)
     axes.set_xlabel("learning rate of the head (each stage has its share of it)")
     axes.set_ylabel("training loss")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold")
-    axes.set_title(textwrap.fill(params, 110), loc="left", fontsize=8, color="0.35")
+    # Names of the user's own: a dollar sign is no formula.
+    figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold", parse_math=False)
+    axes.set_title(
+        textwrap.fill(params, 110), loc="left", fontsize=8, color="0.35", parse_math=False
+    )
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower left", ncols=3, frameon=False)
     figure.savefig(file, dpi=150)

@@ -106,7 +106,7 @@ def open_test(path: Path, trial_id: str, watch: Watch) -> TestResult:
                 )  # fmt: skip
                 scores.append(
                     {
-                        name.replace("val/", "test/"): value
+                        f"test/{name.removeprefix('val/')}": value
                         for name, value in {"val/loss": outputs.loss, **measured}.items()
                     }
                 )

@@ -210,7 +210,10 @@ def absolute(data: Data) -> Data:
     """Return it with absolute paths, so that a run can be resumed from any folder."""
 
     def full(path: str) -> str:
-        return str(Path(path).expanduser().absolute())
+        try:
+            return str(Path(path).expanduser().absolute())
+        except RuntimeError as error:  # ~nobody
+            raise ConfigError(f"{path}: {error}") from None
 
     is_embedded = data.source == EMBEDDED and not Path(EMBEDDED).is_dir()
     is_path = not is_embedded and not data.is_dataset

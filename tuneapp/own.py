@@ -4,11 +4,14 @@ What a search-space file itself defines is found under the file's name (`own_net
 `own_network.py`), in the text that was executed: a resumed run uses its copy of the file.
 """
 
+import ast
+import contextlib
 import hashlib
 import importlib
 import sys
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,85 @@ def offer(name: str, module: types.ModuleType, text: str, path: Path) -> None:
 def offered_text(reference: str) -> tuple[str, Path] | None:
     """Return the text and the path of the space that an import path leads to, if it is one."""
     return _texts.get(reference.partition(":")[0])
+
+
+@contextlib.contextmanager
+def offers_kept() -> Iterator[None]:
+    """Let what is offered now be what its names stand for in the end, too.
+
+    Meanwhile older texts of a space can be read, which are offered under the same name.
+    """
+    spaces, texts = {**_spaces}, {**_texts}
+    try:
+        yield
+    finally:
+        _spaces.update(spaces)
+        _texts.update(texts)
+        sys.modules.update({module.__name__: module for module in spaces.values()})
+
+
+def offered_code(reference: str) -> str | None:
+    """Return what decides how the object at an import path works, if a space's text defines it.
+
+    That is its definition and, in turn, the definitions of the same text whose names are used
+    there; comments and the layout are left out. A name that no statement of the text binds may come
+    from anywhere in it: then it is the whole text.
+    """
+    offered = offered_text(reference)
+    return None if offered is None else _code_of(offered[0], reference.partition(":")[2])
+
+
+@lru_cache(maxsize=64)
+def _code_of(text: str, name: str) -> str:
+    statements = [part for statement in ast.parse(text).body for part in _apart(statement)]
+    bound = [_bound_names(statement) for statement in statements]
+    if not any(name in names for names in bound):
+        return text
+    reached, waiting = {name, "*"}, [name, "*"]  # what `import *` binds is not known
+    while waiting:
+        wanted = waiting.pop()
+        for statement, names in zip(statements, bound, strict=True):
+            if wanted in names:
+                new = _mentioned_names(statement) - reached
+                reached |= new
+                waiting += new
+    used = [s for s, names in zip(statements, bound, strict=True) if names & reached]
+    return "\n".join(ast.unparse(statement) for statement in used)
+
+
+def _apart(statement: ast.stmt) -> list[ast.stmt]:
+    """Return an import of several names as one import of each."""
+    if isinstance(statement, ast.ImportFrom):
+        where, level = statement.module, statement.level
+        return [ast.ImportFrom(where, [alias], level) for alias in statement.names]
+    if isinstance(statement, ast.Import):
+        return [ast.Import([alias]) for alias in statement.names]
+    return [statement]
+
+
+def _bound_names(statement: ast.stmt) -> set[str]:
+    """Return the names that a statement of a module binds, or whose objects it may change.
+
+    `TABLE["a"] = 1` and `TABLE.update(a=1)` count for TABLE as its first assignment does.
+    """
+    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return {statement.name}
+    names = set()
+    for node in ast.walk(statement):
+        match node:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                names.add(node.name)
+            case ast.alias():
+                names.add(node.asname or node.name.partition(".")[0])
+            case ast.Name(ctx=ast.Store()):
+                names.add(node.id)
+            case ast.Subscript(ctx=ast.Store()) | ast.Attribute(ctx=ast.Store()) | ast.Expr():
+                names |= _mentioned_names(node)
+    return names
+
+
+def _mentioned_names(node: ast.AST) -> set[str]:
+    return {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)}
 
 
 def import_from(folders: Iterable[str]) -> None:

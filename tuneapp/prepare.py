@@ -218,14 +218,19 @@ def _sampling_mistakes(
     configs: list[TrialConfig], images: ImageSet, settings: RunSettings
 ) -> list[list[str]]:
     """Return for each configuration what is wrong with its sampling of the readable images."""
-    store = open_store(images, _preprocessings(configs, images)[0], settings.store_budget)
+    preprocessing = _preprocessings(configs, images)[0]
+    folds = [images.fold(number) for number in range(1, images.num_folds + 1)] or [images]
+    stores = [open_store(part, preprocessing, settings.store_budget) for part in folds]
     substitute = settings.data.bad_images == "substitute"
     drawn: dict[tuple[str, bool, int | None], int] = {}
     for config in configs:
         way = _sampled(config)
         if way not in drawn:
             try:
-                drawn[way] = Shuffled(store, config, settings.seed, substitute).num_examples
+                drawn[way] = min(
+                    Shuffled(store, config, settings.seed, substitute).num_examples
+                    for store in stores
+                )
             except ConfigError as error:
                 return [[str(error)] if _sampled(other) == way else [] for other in configs]
     return [check_steps(c, drawn[_sampled(c)]) for c in configs]

@@ -178,7 +178,7 @@ def _test_lines(read: "Summary") -> list[str]:
     if not read.test_results:
         return []
     times = len(read.test_results)
-    name = read.record.settings.metric.replace("val/", "test/")
+    name = f"test/{read.record.settings.metric.removeprefix('val/')}"
     lines = [f"test      the test split was opened {times} time(s)"]
     for trial_id, scores in read.test_results:
         values = [row[name] for row in scores if name in row]

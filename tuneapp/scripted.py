@@ -46,8 +46,6 @@ class _SuggestOnly(optuna.trial.BaseTrial):
     Optuna's FixedTrial would do for a replay, but it only warns of a value out of range.
     """
 
-    number = 0
-
     def __init__(self) -> None:
         self.asked: dict[str, BaseDistribution] = {}
         self.values: dict[str, Any] = {}
@@ -113,6 +111,14 @@ class _SuggestOnly(optuna.trial.BaseTrial):
 
     def set_constraint(self, key: str, value: float) -> None:
         pass
+
+    @property
+    def number(self) -> int:
+        # A trial's own process replays its values: there, every number would be the same.
+        raise BadParameter(
+            "trial.number must not decide anything: trials are replayed from their values alone; "
+            "let the trial suggest it, as in trial.suggest_int('seed', 0, 4)"
+        )
 
     @property
     def params(self) -> dict[str, Any]:
@@ -206,6 +212,9 @@ class ScriptedTrial(_SuggestOnly):
             inside = False
         if not inside:
             raise SpaceError(f"{self._path}: {name}={value!r}: allowed is {describe(distribution)}")
+        if isinstance(distribution, CategoricalDistribution):
+            # The choice itself: a member of an enum comes back from JSON as a string equal to it.
+            return distribution.choices[int(distribution.to_internal_repr(value))]
         return value
 
 

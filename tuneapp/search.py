@@ -242,7 +242,8 @@ class Stopper(AsyncHyperBandScheduler):
             super().on_trial_add(None, named)
         score = best[study.settings.metric]
         action = super().on_trial_result(None, named, {"epoch": epoch, SCORE: score})
-        may_stop = record.origin == "search" and epoch < record.epochs
+        # At its last rung ASHA ends every trial; one may be longer than any that was foreseen.
+        may_stop = record.origin == "search" and epoch < min(record.epochs, self._max_t)
         if action == TrialScheduler.STOP and may_stop:
             rung = max(m for m, _ in self._brackets[0]._rungs if m <= epoch)
             cause = (

@@ -201,7 +201,8 @@ class SearchSpace:
                 raise SpaceError(f"{self.path}: FIRST_TRIALS, number {number}: {said}") from None
 
     def _check_recipe(self, params: Params, known: Mapping[str, BaseDistribution]) -> None:
-        unknown = [name for name in params if name not in known]
+        asked = {**known, **self._asked_with(params)}
+        unknown = [name for name in params if name not in asked]
         if unknown:
             hint = did_you_mean(unknown[0], known)
             raise SpaceError(
@@ -214,6 +215,16 @@ class SearchSpace:
                 "branch asks for"
             )
         self.replay(params)
+
+    def _asked_with(self, params: Params) -> dict[str, BaseDistribution]:
+        """Return what the function asks for, given some values.
+
+        `branches` tries the ends of ranges only: what is asked for in between is not in them.
+        """
+        trial = ScriptedTrial(params, self.path)
+        with contextlib.suppress(SpaceError, ConfigError):  # other callers will tell
+            self(trial)
+        return trial.asked
 
     def _refuse_typos(self) -> None:
         """Refuse a constant that seems meant as FIRST_TRIALS or DATA, which would be ignored."""
@@ -268,12 +279,12 @@ class SearchSpace:
         Raises:
             SpaceError: a name is unknown, a text is not an allowed value, or a value is missing.
         """
-        values = self._parsed(chosen)
         recipes: list[Params] = [*self.first_trials] if base is None else [base]
+        values, known = self._parsed(chosen, recipes)
 
         def disagreements(recipe: Params) -> int:
             return sum(
-                isinstance(value, str) and recipe.get(name) != value
+                isinstance(known[name], CategoricalDistribution) and recipe.get(name) != value
                 for name, value in values.items()
             )
 
@@ -295,8 +306,15 @@ class SearchSpace:
             )
         return branch.params
 
-    def _parsed(self, chosen: Mapping[str, str]) -> dict[str, Any]:
+    def _parsed(
+        self, chosen: Mapping[str, str], recipes: Sequence[Params]
+    ) -> tuple[dict[str, Any], dict[str, BaseDistribution]]:
+        """Return what `--set` means, and every parameter that may be meant."""
         known = {n: d for branch in self.branches() for n, d in branch.distributions.items()}
+        if not chosen.keys() <= known.keys():
+            sure = {n: parse_value(n, text, known[n]) for n, text in chosen.items() if n in known}
+            for recipe in recipes or [{}]:
+                known = {**self._asked_with({**recipe, **sure}), **known}
         for name in chosen:
             if name in known:
                 continue
@@ -309,7 +327,7 @@ class SearchSpace:
             raise SpaceError(
                 f"--set {name}: {self.path} has no such parameter{hint}; it has {', '.join(known)}"
             )
-        return {name: parse_value(name, text, known[name]) for name, text in chosen.items()}
+        return {n: parse_value(n, text, known[n]) for n, text in chosen.items()}, known
 
     def branches(self) -> list[Branch]:
         """Try each set of categorical choices, with all numbers low and then high.
@@ -399,6 +417,11 @@ def parse_value(name: str, text: str, distribution: BaseDistribution) -> Any:
         for choice in distribution.choices:
             if text in (str(choice), spell(choice)):
                 return choice
+        for choice in distribution.choices:
+            if isinstance(choice, int | float) and not isinstance(choice, bool):
+                with contextlib.suppress(ValueError):
+                    if float(text) == choice:  # 1e-3 is 0.001
+                        return choice
     else:
         try:
             whole = isinstance(distribution, optuna.distributions.IntDistribution)

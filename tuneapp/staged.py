@@ -378,6 +378,12 @@ def _own_stages(network: nn.Module) -> dict[str, list[nn.Module]]:
         first_name = next(iter(declared))
         beside = Beside(nn.ParameterList(loose))
         declared = {**declared, first_name: [beside, *declared[first_name]]}
+    last = list(declared)[-1]
+    if not any(_has_parameters(module) for module in declared[last]):
+        raise ConfigError(
+            f"{kind}: the last stage, {last!r}, is the head, but has no parameters; put its "
+            "modules into the stage before it"
+        )
     held = Counter(
         id(p) for modules in declared.values() for p in nn.Sequential(*modules).parameters()
     )

@@ -40,6 +40,8 @@ STARTUP_TRIALS = 8
 Optuna's ten would leave a sweep of sixteen trials with hardly any model."""
 MEMORY = "memory"
 """Name of the constraint that a trial violates by running out of memory."""
+_OUTSIDE = "it lies outside the space as refined"
+"""Why a trial that was unfinished when its run was refined has ended."""
 
 
 @dataclass(frozen=True)
@@ -303,11 +305,12 @@ class Study:
         self, first: Sequence[tuple[Mapping[str, Any], Origin]]
     ) -> list[tuple[Mapping[str, Any], Origin]]:
         """Return the recipes, without those that earlier spaces of the run have tried."""
-        known = {
-            r.config_hash
-            for r in self.records.values()
-            if r.space < self._space_number and (r.state != "failed" or would_repeat(r.kind))
-        }
+        known = set()
+        for record in self.records.values():
+            shown = self.records[record.twin] if record.twin else record
+            is_tried = shown.state != "failed" or would_repeat(shown.kind)
+            if record.space < self._space_number and is_tried and not _is_cut_short(shown):
+                known.add(record.config_hash)
         if not known:
             return list(first)
         return [
@@ -332,11 +335,11 @@ class Study:
 
     def _take_up(self, record: TrialRecord) -> None:
         """Add a trial of the ledger to the study as if it had just been reported."""
-        if record.config_hash and not record.twin:
+        if record.config_hash and not record.twin and not _is_cut_short(record):
             self._by_hash[record.config_hash] = record.trial_id
         if record.is_history:
             if record.state == "unfinished":
-                self.end(record.trial_id, "stopped", "it lies outside the space as refined")
+                self.end(record.trial_id, "stopped", _OUTSIDE)
             return
         if record.state == "unfinished":
             self._take_up_unfinished(record)
@@ -400,6 +403,13 @@ class Study:
 
 def _hash_of_all(config: TrialConfig) -> str:
     return canonical_json(config.as_dict())
+
+
+def _is_cut_short(record: TrialRecord) -> bool:
+    """Whether a trial has no result only because it lies outside the space as refined."""
+    if record.state == "unfinished":
+        return record.is_history  # it is about to be ended
+    return record.state == "stopped" and record.cause == _OUTSIDE
 
 
 def _direction(settings: RunSettings) -> StudyDirection:

@@ -6,7 +6,7 @@ always the best epoch of the run's metric.
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,9 @@ def trials_frame(path: Path) -> pd.DataFrame:
 
 def epochs_frame(path: Path) -> pd.DataFrame:
     """Return a row for each epoch of each trial: trial, epoch, metrics."""
-    rows = [{"trial": t.trial_id, **row} for t in read_summary(path).trials for row in t.rows]
+    rows = [
+        {"trial": t.trial_id, **_named(row)} for t in read_summary(path).trials for row in t.rows
+    ]
     columns = ["trial", "epoch", "train/loss", "val/loss", "val/accuracy"]
     return pd.DataFrame(rows) if rows else pd.DataFrame(columns=columns)
 
@@ -191,6 +193,11 @@ def _trials_frame(summary: Summary) -> pd.DataFrame:
     return frame.set_index("trial")
 
 
+def _named(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the row under names that pandas accepts: a class may be a folder of any bytes."""
+    return {name.encode("utf-8", "backslashreplace").decode(): value for name, value in row.items()}
+
+
 def _trial_row(trial: TrialRecord, best: dict[str, Any] | None) -> dict[str, Any]:
     metrics = {k: v for k, v in (best or {}).items() if k != "epoch" and not k.startswith("lr/")}
     return {
@@ -203,7 +210,7 @@ def _trial_row(trial: TrialRecord, best: dict[str, Any] | None) -> dict[str, Any
         "space": trial.space,
         "epochs": len(trial.rows),
         "best_epoch": None if best is None else best["epoch"],
-        **metrics,
+        **_named(metrics),
         **{f"params/{name}": cell(value) for name, value in trial.params.items()},
         **{f"applied/{name}": cell(v) for name, v in flat(trial.applied).items()},
     }

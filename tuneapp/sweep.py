@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from tuneapp.config import RunSettings
+from tuneapp.config import RunSettings, TrialConfig
 from tuneapp.data.making import Watch
 from tuneapp.effective import config_hash
 from tuneapp.errors import ConfigError, RayDied, RunError, TuneappError
@@ -21,6 +21,7 @@ from tuneapp.keeping import Keeper
 from tuneapp.ledger import Event, Ledger, read_events
 from tuneapp.machine import share_machine
 from tuneapp.mirror import StudyMirror
+from tuneapp.own import offers_kept
 from tuneapp.prepare import (
     Prepared,
     check_again,
@@ -33,6 +34,7 @@ from tuneapp.prepare import (
 from tuneapp.ray_session import START_ATTEMPTS, noted_signals, own_ray, require_token
 from tuneapp.records import TrialRecord, current_space, read_records
 from tuneapp.rundir import RunDir, RunRecord, create_run, open_run, require_name, write_record
+from tuneapp.scripted import Params
 from tuneapp.space import SearchSpace
 from tuneapp.study import Study
 
@@ -228,13 +230,14 @@ def refine_sweep(
         branches = space.branches()
         space.check_recipes(branches)
         number = current_space(read_events(run.ledger))
-        before_space = read_run_space(run, before, number)
-        if space.data not in (before_space.data, type(space.data)()):
-            raise ConfigError(
-                f"{space.path}: DATA is {space.data.source!r}, but {run.path} uses "
-                f"{before.settings.data.source!r}; start a new sweep for other images"
-            )
-        check_again(run, before, before_space.branches(), watch)
+        with offers_kept():  # code in the space's file is to be that of the new one, below
+            before_space = read_run_space(run, before, number)
+            if space.data not in (before_space.data, type(space.data)()):
+                raise ConfigError(
+                    f"{space.path}: DATA is {space.data.source!r}, but {run.path} uses "
+                    f"{before.settings.data.source!r}; start a new sweep for other images"
+                )
+            check_again(run, before, before_space.branches(), watch)
         images = read_run_images(run, before)
         prepared = prepare(space, before.settings, branches, say, watch, images)
         record = _refined(before, number, space, prepared)
@@ -259,21 +262,33 @@ def outside(
     """Return which trials of a run would not be the same in another space.
 
     They lack a value that it asks for, have one that it does not allow, or get another
-    configuration: a constant in the space may have changed.
+    configuration: a constant in the space, or code in its file, may have changed.
+
+    Args:
+        run: the run directory.
+        record: of the run.
+        space: the other one; its text must be the newest that was read under its name.
+        records: the run's trials.
     """
-    settings = record.settings
-    spaces = {n: read_run_space(run, record, n) for n in {r.space for r in records.values()}}
-    found = []
-    for trial in records.values():
+
+    def hash_of(config_from: Callable[[Params], TrialConfig], trial: TrialRecord) -> str | None:
         try:
-            was = settings.applied_to(spaces[trial.space].config(trial.params))
-            would_be = settings.applied_to(space.covered(trial.params).config)
-            is_same = config_hash(was) == config_hash(would_be)
+            return config_hash(record.settings.applied_to(config_from(trial.params)))
         except TuneappError:
-            is_same = False
-        if not is_same:
-            found.append(trial.trial_id)
-    return found
+            return None
+
+    was: dict[str, str | None] = {}
+    with offers_kept():
+        for number in sorted({trial.space for trial in records.values()}):
+            # One at a time: code in a space's file is looked up in the text that was read last.
+            before = read_run_space(run, record, number)
+            of_it = [trial for trial in records.values() if trial.space == number]
+            was |= {trial.trial_id: hash_of(before.config, trial) for trial in of_it}
+    would_be = {
+        trial.trial_id: hash_of(lambda params: space.covered(params).config, trial)
+        for trial in records.values()
+    }
+    return [t for t in records if would_be[t] is None or would_be[t] != was[t]]
 
 
 def _refined(before: RunRecord, number: int, space: SearchSpace, prepared: Prepared) -> RunRecord:

@@ -92,9 +92,7 @@ class TensorBoardTracker:
         self._best: float | None = None
         # HParams shows the newest value of a tag, so its tag is the running best.
         self._best_tag = f"best/{self._metric}"
-        plain = {
-            k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in params.items()
-        }
+        plain = {name: _as_hparam(value) for name, value in params.items()}
         experiment, start, _ = hparams(plain, {self._tag(self._best_tag): 0.0})
         for summary in (experiment, start):
             self._add(summary, None)
@@ -153,3 +151,10 @@ class TensorBoardTracker:
             self._folder,
             error.strerror or error,
         )
+
+
+def _as_hparam(value: Any) -> bool | int | float | str:
+    """Return a value as TensorBoard's files can hold it: 64 bits, and text in UTF-8."""
+    if isinstance(value, bool | float) or (isinstance(value, int) and abs(value) < 2**63):
+        return value
+    return str(value).encode("utf-8", "backslashreplace").decode("utf-8")

@@ -147,7 +147,8 @@ def _record(state: TrainState, row: Row, run: TrialRun) -> None:
 
 def _write_table(file: Path, history: Sequence[Row]) -> None:
     def write(aside: Path) -> None:
-        with aside.open("w", encoding="utf-8", newline="") as out:
+        # The name of a class may be a folder's, of any bytes.
+        with aside.open("w", encoding="utf-8", errors="surrogateescape", newline="") as out:
             # Stages that were unfrozen later have learning rates in later rows only.
             names = dict.fromkeys(name for row in history for name in row)
             rows = csv.DictWriter(out, fieldnames=list(names))

@@ -128,8 +128,8 @@ def find_weights(model: str, asked: str | None) -> Found:
         raise WeightsError(
             f"weights {asked!r}: a URL is not accepted: download the file and give its path"
         )
-    path = Path(asked).expanduser()
     if _tag(asked, named) not in named:
+        path = _path(asked)
         if path.is_file():
             return _found(asked, path.resolve(), "file")
         if path.is_dir():
@@ -137,6 +137,17 @@ def find_weights(model: str, asked: str | None) -> Found:
         if (path.suffix or "/" in asked) and not re.fullmatch(r"\w+_Weights\.\w+", asked):
             raise WeightsError(f"weights {asked!r}: no such file or folder")
     return _require_named(model, asked).found(asked, limit_s=None)
+
+
+def _path(asked: str) -> Path:
+    """Return the file or folder that a text may mean, whether or not it is there."""
+    try:
+        path = Path(asked).expanduser()
+        path.is_file()
+    except (RuntimeError, OSError) as error:  # no such user; too long a name
+        cause = error.strerror if isinstance(error, OSError) else error
+        raise WeightsError(f"weights {asked[:100]!r}: {cause}") from None
+    return path
 
 
 def require_same_weights(found: Mapping[str, Any]) -> None:

@@ -350,6 +350,17 @@ def test_fault_10_any_name_of_a_file_is_trained_listed_and_shown_without_harm(
     assert numbers(rows_of(Path("runs/again"))) == numbers(rows_of(RUN))
 
 
+def test_fault_10_a_class_of_any_name_is_trained_and_in_every_table(
+    whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (whole / "red").rename(whole / os.fsdecode(b"caf\xe9 festival/"))
+    assert train("--data", whole) == 0
+    assert main(["summary", str(RUN), "--applied"]) == 0
+    assert main(["final-test", str(RUN)]) == 0
+    assert "test/recall/caf\\udce9 festival " in capsys.readouterr().out
+    assert "val/recall/caf\\udce9 festival" in (RUN / "trials.csv").read_text().splitlines()[0]
+
+
 def test_fault_11_a_run_whose_images_changed_does_not_go_on_until_they_are_back(
     whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
