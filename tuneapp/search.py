@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 REDUCTION_FACTOR = 3
 """The better third of the trials continues at each rung."""
 GRACE_SHARE = 0.25
-"""No trial is stopped in a first quarter of the longest training: most warm-ups lie there."""
+"""No trial is stopped in the first quarter of the longest training, where most warm-ups lie."""
 
 
 class Driver:
