@@ -450,7 +450,7 @@ def _equal(now: Any, then: Any) -> bool:
     try:
         same = now == then
         return bool(same.all() if hasattr(same, "all") else same)
-    except Exception:  # a custom `__eq__` may raise anything; arrays of different shapes do
+    except Exception:  # a custom `__eq__` may raise anything, as arrays of two shapes do: not equal
         return False
 
 

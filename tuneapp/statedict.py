@@ -185,7 +185,7 @@ def _refused_classes(file: Path, said: str) -> str:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
-    except Exception:  # of what is damaged or no archive, torch raises anything; ask its message
+    except Exception:  # torch raises anything for a damaged file; its message names one class
         names = re.findall(r"GLOBAL (\w[\w.]*)", said)[:1]
     return _listed(names, 3)
 
